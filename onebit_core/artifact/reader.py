@@ -1,0 +1,220 @@
+"""load_model(): the front door to an artifact. It refuses whatever is missing, unexpected or misshapen.
+
+Before a byte of weights is used, the tensors that config.json promises (names, shapes, dtypes follow from the layer
+specs) are compared with the header of model.safetensors, and the file with the manifest's hash. Only then transformers
+loads it through the registered quantizer. No method code is imported: an artifact does not need what made it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from onebit_core.artifact.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    WEIGHTS_FILE,
+    Manifest,
+    Report,
+)
+from onebit_core.artifact.registration import QUANT_METHOD, OnebitQuantizationConfig, swap_modules
+from onebit_core.errors import (
+    ArtifactError,
+    BackendUnavailable,
+    ConfigError,
+    CorruptArtifact,
+    NotEnoughMemory,
+    UnsupportedFormat,
+)
+from onebit_core.kernels import resolve_backend
+from onebit_core.layers import use_backend
+from onebit_core.model.loading import build_skeleton, read_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAFETENSORS_DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """An artifact in memory.
+
+    Attributes:
+        model: transformers' model with packed layers, in eval mode, without gradients.
+        tokenizer: its tokenizer.
+        manifest: what it says about itself.
+        path: its folder.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    manifest: Manifest
+    path: Path
+
+
+def load_model(
+    path: str | Path, *, device: str = "cpu", dtype: str = "auto", backend: str = "auto", verify: bool = True
+) -> LoadedModel:
+    """Load an artifact.
+
+    Args:
+        path: its folder.
+        device: cpu, cuda or cuda:N.
+        dtype: of activations: float32, bfloat16, float16; auto is float32 on the CPU and bfloat16 elsewhere.
+        backend: see onebit_core.kernels.backends.
+        verify: compare the weights with the manifest's hash.
+
+    Raises:
+        ArtifactError: not an artifact, of a newer version, or damaged.
+        NotEnoughMemory: the machine has too little free memory.
+        BackendUnavailable: no such backend or device here.
+        ConfigError: unknown dtype.
+    """
+    folder = Path(path)
+    torch_dtype = resolve_dtype(dtype, device)
+    chosen = resolve_backend(backend)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BackendUnavailable(f"device {device!r}: this machine has no CUDA device; use cpu")
+    manifest = read_manifest(folder)
+    check_tensors(folder)
+    if verify and weights_sha256(folder) != manifest.sha256:
+        raise CorruptArtifact(
+            f"{folder / WEIGHTS_FILE}: the hash is not the manifest's; the file was damaged or changed"
+        )
+    if device == "cpu":
+        _check_memory(manifest, torch_dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch_dtype, trust_remote_code=False, use_safetensors=True
+    )
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+    use_backend(model, chosen)
+    return LoadedModel(model=model.to(device=device), tokenizer=read_tokenizer(folder), manifest=manifest, path=folder)
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """Return the activation dtype of a user's choice.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read an artifact's identity, without its weights.
+
+    Raises:
+        UnsupportedFormat: not an artifact, or of a newer version.
+    """
+    values = _read_json(Path(path), MANIFEST_FILE)
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UnsupportedFormat(
+            f"{path}: artifact format {version} cannot be read; this version reads up to {FORMAT_VERSION}"
+        )
+    try:
+        return Manifest.from_dict(values)
+    except ConfigError as error:
+        raise CorruptArtifact(f"{path}: {MANIFEST_FILE}: {error}") from error
+
+
+def read_report(path: str | Path) -> Report:
+    """Read what was measured about an artifact.
+
+    Raises:
+        ArtifactError: not an artifact, or a damaged report.
+    """
+    try:
+        return Report.from_dict(_read_json(Path(path), REPORT_FILE))
+    except ConfigError as error:
+        raise CorruptArtifact(f"{path}: {REPORT_FILE}: {error}") from error
+
+
+def check_tensors(folder: Path) -> None:
+    """Compare the tensors on disk with those config.json promises.
+
+    Raises:
+        ArtifactError: naming the first tensor that is missing, unexpected, or of another shape or dtype.
+    """
+    expected = _expected_tensors(folder)
+    weights = folder / WEIGHTS_FILE
+    try:
+        with safe_open(weights, framework="pt") as reader:
+            found = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  (not iterable)
+            shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
+    except (SafetensorError, OSError) as error:
+        raise CorruptArtifact(f"{weights}: not a readable safetensors file ({error})") from error
+    for name in sorted(set(expected) | set(shapes)):
+        if name not in shapes:
+            raise CorruptArtifact(f"{weights}: tensor {name!r} is missing")
+        if name not in expected:
+            raise CorruptArtifact(f"{weights}: tensor {name!r} is unexpected")
+        shape, dtype = shapes[name]
+        wanted_shape, wanted_dtype = expected[name]
+        if shape != wanted_shape or (wanted_dtype is not None and dtype != wanted_dtype):
+            wanted = f"{wanted_dtype or 'floating'} {list(wanted_shape)}"
+            raise CorruptArtifact(f"{weights}: tensor {name!r} is {dtype} {list(shape)}, expected {wanted}")
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the hash of an artifact's weights."""
+    with (folder / WEIGHTS_FILE).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    """Return name to (shape, dtype on disk; None where any floating dtype will do)."""
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise CorruptArtifact(f"{folder}: config.json cannot be used ({str(error).splitlines()[0]})") from error
+    values = getattr(config, "quantization_config", None)
+    if isinstance(values, OnebitQuantizationConfig):
+        values = values.to_dict()
+    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+        raise UnsupportedFormat(f"{folder}: config.json has no quantization_config of method {QUANT_METHOD!r}")
+    try:
+        model = build_skeleton(config)
+        swap_modules(model, OnebitQuantizationConfig(**values))
+    except (ConfigError, ValueError, TypeError) as error:
+        raise CorruptArtifact(f"{folder}: config.json: {error}") from error
+    tied = set(model.all_tied_weights_keys)
+    parameters = dict(model.named_parameters())
+    return {
+        name: (tuple(tensor.shape), None if name in parameters else SAFETENSORS_DTYPES.get(tensor.dtype))
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    """Read one JSON file of an artifact."""
+    file = folder / name
+    if not file.is_file():
+        raise UnsupportedFormat(f"{folder}: not an onebit artifact ({name} is missing)")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{file}: cannot be read ({error})") from error
+
+
+def _check_memory(manifest: Manifest, dtype: torch.dtype) -> None:
+    """Refuse a model that will not fit: the packed weights and their dense copy."""
+    needed = sum(manifest.bytes_by_part.values()) + manifest.source.parameters * dtype.itemsize
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise NotEnoughMemory(
+            f"{manifest.name} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; "
+            "use a smaller dtype or a machine with more memory"
+        )

@@ -1,0 +1,1 @@
+"""Calibration text, its sampling, and the statistics recorded on it."""

@@ -1,0 +1,120 @@
+"""onebit quantize: flags to QuantizeConfig, then the pipeline; onebit methods: the table of methods."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from onebit_core.artifact.reader import read_manifest
+from onebit_core.cli.output import ProgressMode, print_event, progress_watch
+from onebit_core.errors import ConfigError
+from onebit_core.methods import METHODS
+from onebit_core.pipeline.config import QuantizeConfig
+from onebit_core.pipeline.run import quantize_model
+
+
+def quantize(
+    model: Annotated[str | None, typer.Argument(help="Hugging Face folder, hub id, or GGUF file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}; see `onebit methods`.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Setting of the method; repeat for more.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Text file, .jsonl or folder; repeat to mix. Default: builtin:python."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows in all. Default: 32.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens per calibration window. Default: 1024.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the windows' places. Default: 0.")] = None,
+    embedding_bits: Annotated[int | None, typer.Option(help="16 keeps embedding and head, 8 stores 8 bit.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name to serve under. Default: model and method.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, or auto (the default).")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with a whole configuration; flags given beside it win.")
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Keep finished blocks here; a run with the same one continues.")
+    ] = None,
+    progress: Annotated[ProgressMode, typer.Option(help="How to show progress.")] = "auto",
+) -> None:
+    """Quantize MODEL with a method and write an artifact.
+
+    Example: onebit quantize ./SmolLM2 --method gptq --set bits=3 --calibration news.txt --out ./SmolLM2-3bit
+    """
+    values = _read_config(config)
+    flags = {"model": model, "method": method, "embedding_bits": embedding_bits, "name": name, "device": device}
+    values.update({key: value for key, value in flags.items() if value is not None})
+    values.setdefault("settings", {}).update(parse_settings(settings or []))
+    amounts = {"text": calibration, "samples": samples, "tokens": tokens, "seed": seed}
+    values.setdefault("calibration", {}).update({key: value for key, value in amounts.items() if value is not None})
+    for key, where in (("model", "MODEL"), ("method", "--method")):
+        if key not in values:
+            raise ConfigError(f"{where} is missing; see onebit quantize --help")
+    if out is None:
+        raise ConfigError("--out is missing: name the folder to write")
+    with progress_watch(progress) as watch:
+        quantize_model(QuantizeConfig.from_dict(values), out, watch=watch, work=work_dir)
+    if progress == "json":
+        print_event("result", artifact=str(out))
+    else:
+        _print_result(out)
+
+
+def methods() -> None:
+    """List the methods with their settings and defaults."""
+    table = Table("method", "what it does", "settings (defaults)", show_lines=True)
+    for method_name, method in METHODS.items():
+        defaults = dataclasses.asdict(method.config())  # type: ignore[call-overload]  # every config is a dataclass
+        table.add_row(method_name, method.summary, "\n".join(f"{key}={value}" for key, value in defaults.items()))
+    Console().print(table)
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """Turn KEY=VALUE words into values; what is valid JSON is read as such, anything else is text.
+
+    Raises:
+        ConfigError: a word without `=`.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {pair!r}: write KEY=VALUE, such as --set bits=3")
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
+    return values
+
+
+def _read_config(file: Path | None) -> dict[str, Any]:
+    """Read a configuration file."""
+    if file is None:
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected an object with named fields")
+    return values
+
+
+def _print_result(out: Path) -> None:
+    """Print what was written, in a few lines."""
+    manifest = read_manifest(out)
+    size = sum(manifest.bytes_by_part.values())
+    Console().print(
+        f"[bold]{out}[/bold]: {manifest.method}, {manifest.bits.linear_true:.3f} bits per linear weight "
+        f"({manifest.bits.linear_nominal:.3g} nominal), {manifest.bits.whole_model:.3f} over the whole model, "
+        f"{size / 1e6:.1f} MB\nNext: onebit evaluate {out} --text NAME=FILE   and   onebit-serve {out}",
+        soft_wrap=True,
+        highlight=False,
+    )

@@ -1,0 +1,1 @@
+"""What a compressed model lost: perplexity, divergence from its original, and the page that shows it."""

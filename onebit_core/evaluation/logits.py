@@ -1,0 +1,62 @@
+"""The logits of one window, a few positions at a time.
+
+Logits of a whole window are the largest tensor of an evaluation: 2048 positions of a 128,000-word vocabulary
+are 1 GiB in float32. So the decoder runs once over the window, its hidden states are kept (they are small), and
+the head is applied to a slice of positions whenever one is asked for.
+
+Some architectures do something to the logits after the head (Gemma caps them, Granite and Cohere scale them).
+Rather than keep a list of those, a reader tries both ways on a few tokens once; unless they agree to the last
+bit, it falls back to the model's own complete logits, which costs memory but is always right.
+
+Shape suffixes: T = positions, V = vocabulary, H = hidden size.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+PROBE_TOKENS = 8
+
+
+class LogitsReader:
+    """Runs a causal language model over windows and gives its logits in slices, in float32."""
+
+    def __init__(self, model: PreTrainedModel, probe_T: Tensor) -> None:
+        """Find out how the model makes logits.
+
+        Args:
+            model: in evaluation mode.
+            probe_T: int64 token ids to try it on.
+        """
+        self._model = model
+        self._head = _plain_head(model, probe_T[:PROBE_TOKENS].to(model.device))
+        self._states_TH: Tensor = torch.empty(0)
+
+    @torch.inference_mode()
+    def start(self, tokens_T: Tensor) -> None:
+        """Run the model over one window of int64 token ids; `read` then answers for this window."""
+        tokens_1T = tokens_T[None].to(self._model.device)
+        if self._head is None:
+            self._states_TH = self._model(input_ids=tokens_1T, use_cache=False).logits[0]
+        else:
+            body = self._model.base_model
+            self._states_TH = body(input_ids=tokens_1T, use_cache=False).last_hidden_state[0]
+
+    @torch.inference_mode()
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return the float32 logits [stop - start, V] of some positions of the window."""
+        states = self._states_TH[start:stop]
+        return (states if self._head is None else self._head(states)).float()
+
+
+@torch.inference_mode()
+def _plain_head(model: PreTrainedModel, tokens_T: Tensor) -> nn.Module | None:
+    """Return the head, if the logits are the head of the decoder's last hidden state and nothing else."""
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return None
+    complete = model(input_ids=tokens_T[None], use_cache=False).logits
+    states = model.base_model(input_ids=tokens_T[None], use_cache=False)[0]
+    in_two_steps = head(states)
+    same = in_two_steps.shape == complete.shape and torch.equal(in_two_steps, complete)
+    return head if same else None

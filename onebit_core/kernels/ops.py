@@ -1,0 +1,136 @@
+"""The ops, declared once with torch.library: schema, fake implementation, shape checks, reference.
+
+    onebit::sign_matmul      y_o = sum_p h_po * sum_i c_pog(i) * S_poi * (g_pi * x_i)  +  sum_i m_og(i) * x_i
+    onebit::int_matmul       y_o = sum_i s_og(i) * (q_oi - z_og(i)) * x_i
+    onebit::salient_matmul   y_o = sum_n [row_n = o] * d_n * x_column(n)
+
+Every op takes x of any leading shape and any floating dtype, accumulates in float32 and returns x's dtype.
+`sign_matmul` carries OneBit (P = 1, h, g), residual binaries (P > 1), group scales c and shifts m; see DESIGN in
+docs/architecture.md. Schema and implementation are separate (`Library.define`, not `custom_op`), which costs 5 us a
+call in place of 16.
+
+An empty tensor stands for "no group scale" or "no shift".
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from onebit_core.kernels import reference
+
+_LIBRARY = torch.library.Library("onebit", "DEF")
+_LIBRARY.define(
+    "sign_matmul(Tensor x, Tensor signs, Tensor scale_in, Tensor scale_out, Tensor group_scale, Tensor shift) -> Tensor"
+)
+_LIBRARY.define("int_matmul(Tensor x, Tensor planes, Tensor scale, Tensor zero) -> Tensor")
+_LIBRARY.define("salient_matmul(Tensor x, Tensor rows, Tensor columns, Tensor delta, int num_rows) -> Tensor")
+
+
+def _check(x: Tensor, num_columns: int) -> None:
+    if x.shape[-1] != num_columns:
+        raise ValueError(f"x has {x.shape[-1]} input features, the weight has {num_columns}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x as [T, I], whatever its leading shape, for no tokens too."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _sign_matmul(
+    x: Tensor, signs: Tensor, scale_in: Tensor, scale_out: Tensor, group_scale: Tensor, shift: Tensor
+) -> Tensor:
+    _check(x, scale_in.shape[-1])
+    result = reference.sign_matmul(_rows(x), signs, scale_in, scale_out, group_scale, shift)
+    return result.view(*x.shape[:-1], scale_out.shape[-1])
+
+
+def _int_matmul(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return reference.int_matmul(_rows(x), planes, scale, zero).view(*x.shape[:-1], planes.shape[1])
+
+
+def _salient_matmul(x: Tensor, rows: Tensor, columns: Tensor, delta: Tensor, num_rows: int) -> Tensor:
+    return reference.salient_matmul(_rows(x), rows, columns, delta, num_rows).view(*x.shape[:-1], num_rows)
+
+
+def _fake_sign_matmul(
+    x: Tensor, signs: Tensor, scale_in: Tensor, scale_out: Tensor, group_scale: Tensor, shift: Tensor
+) -> Tensor:
+    del signs, group_scale, shift
+    _check(x, scale_in.shape[-1])
+    return x.new_empty((*x.shape[:-1], scale_out.shape[-1]))
+
+
+def _fake_int_matmul(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    del scale, zero
+    return x.new_empty((*x.shape[:-1], planes.shape[1]))
+
+
+def _fake_salient_matmul(x: Tensor, rows: Tensor, columns: Tensor, delta: Tensor, num_rows: int) -> Tensor:
+    del rows, columns, delta
+    return x.new_empty((*x.shape[:-1], num_rows))
+
+
+for _name, _implementation, _fake in (
+    ("sign_matmul", _sign_matmul, _fake_sign_matmul),
+    ("int_matmul", _int_matmul, _fake_int_matmul),
+    ("salient_matmul", _salient_matmul, _fake_salient_matmul),
+):
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"onebit::{_name}", _fake, lib=_LIBRARY)
+
+
+def sign_matmul(
+    x: Tensor, signs: Tensor, scale_in: Tensor, scale_out: Tensor, group_scale: Tensor, shift: Tensor
+) -> Tensor:
+    """Multiply by a sum of scaled sign planes.
+
+    Args:
+        x: floating [..., I].
+        signs: int32 [P, O, ceil(I / 32)], layout of `packing`.
+        scale_in: floating [P, I].
+        scale_out: floating [P, O].
+        group_scale: floating [P, O, G] or empty.
+        shift: floating [O, G] or empty; G = 1 shifts whole rows.
+
+    Returns:
+        [..., O] in x's dtype.
+
+    Raises:
+        ValueError: x's last dimension is not I.
+    """
+    result: Tensor = torch.ops.onebit.sign_matmul(x, signs, scale_in, scale_out, group_scale, shift)
+    return result
+
+
+def int_matmul(x: Tensor, planes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Multiply by grouped integer codes.
+
+    Args:
+        x: floating [..., I].
+        planes: int32 [B, O, ceil(I / 32)], B bits per code.
+        scale: floating [O, G].
+        zero: int32 [B, ceil(O * G / 32)]: zero points of all rows in one run, packed like codes.
+
+    Returns:
+        [..., O] in x's dtype.
+    """
+    result: Tensor = torch.ops.onebit.int_matmul(x, planes, scale, zero)
+    return result
+
+
+def salient_matmul(x: Tensor, rows: Tensor, columns: Tensor, delta: Tensor, num_rows: int) -> Tensor:
+    """Multiply by a sparse matrix.
+
+    Args:
+        x: floating [..., I].
+        rows: int64 [N], output feature of each entry.
+        columns: int64 [N], input feature of each entry.
+        delta: floating [N].
+        num_rows: O.
+
+    Returns:
+        [..., O] in x's dtype.
+    """
+    result: Tensor = torch.ops.onebit.salient_matmul(x, rows, columns, delta, num_rows)
+    return result

@@ -1,0 +1,66 @@
+"""8-bit embedding and output head: in a small model they are most of the bytes.
+
+    E_vd = s_v * q_vd,   q int8, s = max|E_v| / 127
+
+A head tied to the embedding stores nothing and multiplies by the embedding's codes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from onebit_core.kernels import Backend
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding table in 8 bit.
+
+    Tensors: codes int8 [V, D]; scale float16 [V]. Looks up rows in the dtype that was torch's default when the module
+    was made, or that the module was moved to.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    dtype_probe: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.register_buffer("codes", torch.empty(num_embeddings, embedding_dim, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(num_embeddings, dtype=torch.float16))
+        self.register_buffer("dtype_probe", torch.empty(0, dtype=torch.get_default_dtype()), persistent=False)
+
+    @torch.no_grad()
+    def fill(self, weight_VD: Tensor) -> None:
+        """Quantize a table, floating [V, D], into this module."""
+        scale_V = (weight_VD.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float16).tiny).half()
+        self.scale.copy_(scale_V)
+        self.codes.copy_((weight_VD.float() / scale_V.float()[:, None]).round().clamp(-127, 127))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up: integer [...], result [..., D]."""
+        rows = self.codes[ids].float() * self.scale[ids].float().unsqueeze(-1)
+        return rows.to(self.dtype_probe.dtype)
+
+    def dequantize(self) -> Tensor:
+        """Return the dense table, float32 [V, D]."""
+        return self.codes.float() * self.scale.float()[:, None]
+
+
+class TiedHead(nn.Module):
+    """The output head of a model whose head is its embedding: logits = x @ E.T; stores nothing."""
+
+    def __init__(self, embedding: QuantizedEmbedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that torch does not count its tensors twice
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.backend: Backend = "dense"
+        self._dense: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply: x floating [..., D], result [..., V] in x's dtype."""
+        embedding = self._embedding[0]
+        if self.backend == "reference":
+            return ((x.float() @ embedding.codes.float().T) * embedding.scale.float()).to(x.dtype)
+        if self._dense is None or self._dense.dtype != x.dtype or self._dense.device != x.device:
+            self._dense = embedding.dequantize().to(x.dtype)
+        return nn.functional.linear(x, self._dense)

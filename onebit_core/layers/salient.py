@@ -1,0 +1,103 @@
+"""SalientPart: the weights a layer keeps in 8 bit, and where they stand.
+
+A salient weight REPLACES the base weight at its place: w = scale_row * (code - zero_row). Codes lie row by row, columns
+ascending. Two indices exist, and a writer takes the smaller:
+
+    block     columns  uint8 [N]             column inside its block of 128
+              counts   uint8 [O, ceil(I/128)]  salient weights per row and block (128 at most)
+    bitmap    bitmap   int32 [O, ceil(I/32)]   bit set where a weight is salient
+
+Both give the same row-major order, so the codes do not depend on the choice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from onebit_core.kernels import num_words, pack_bits, unpack_bits
+from onebit_core.layers.spec import SALIENT_BLOCK, LayerSpec, SalientSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SalientWeights:
+    """The 8-bit weights of a matrix, before packing.
+
+    Attributes:
+        mask_OI: bool, set where a weight is salient; at least once.
+        codes_OI: integer 0..255, read at the mask only.
+        scale_O: floating, step per row; stored as float16.
+        zero_O: integer 0..255, the code of zero per row.
+    """
+
+    mask_OI: Tensor
+    codes_OI: Tensor
+    scale_O: Tensor
+    zero_O: Tensor
+
+    def spec(self) -> SalientSpec:
+        """Return the spec that stores these weights in the fewest bytes."""
+        return choose_index(int(self.mask_OI.sum()), *self.mask_OI.shape)
+
+
+def choose_index(count: int, out_features: int, in_features: int) -> SalientSpec:
+    """Return the spec with the smaller index, in bytes."""
+    block_bytes = count + out_features * -(-in_features // SALIENT_BLOCK)
+    bitmap_bytes = out_features * num_words(in_features) * 4
+    return SalientSpec(count=count, index="block" if block_bytes < bitmap_bytes else "bitmap")
+
+
+class SalientPart(nn.Module):
+    """8-bit weights at given places of a matrix.
+
+    Tensors: codes uint8 [N]; scale float16 [O]; zero uint8 [O]; and the index, see the module docstring.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        assert spec.salient is not None
+        self.spec = spec.salient
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        self.register_buffer("codes", torch.empty(self.spec.count, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(self.out_features, dtype=torch.float16))
+        self.register_buffer("zero", torch.empty(self.out_features, dtype=torch.uint8))
+        if self.spec.index == "block":
+            blocks = -(-self.in_features // SALIENT_BLOCK)
+            self.register_buffer("columns", torch.empty(self.spec.count, dtype=torch.uint8))
+            self.register_buffer("counts", torch.empty(self.out_features, blocks, dtype=torch.uint8))
+        else:
+            words = num_words(self.in_features)
+            self.register_buffer("bitmap", torch.empty(self.out_features, words, dtype=torch.int32))
+
+    @torch.no_grad()
+    def fill(self, weights: SalientWeights) -> None:
+        """Store the weights; their mask has exactly `spec.count` entries set."""
+        mask_OI = weights.mask_OI
+        self.codes.copy_(weights.codes_OI[mask_OI])
+        self.scale.copy_(weights.scale_O)
+        self.zero.copy_(weights.zero_O)
+        if self.spec.index == "bitmap":
+            self.get_buffer("bitmap").copy_(pack_bits(mask_OI))
+            return
+        self.get_buffer("columns").copy_(mask_OI.nonzero()[:, 1] % SALIENT_BLOCK)
+        padding = self.get_buffer("counts").shape[1] * SALIENT_BLOCK - self.in_features
+        blocks = nn.functional.pad(mask_OI, (0, padding)).unflatten(1, (-1, SALIENT_BLOCK))
+        self.get_buffer("counts").copy_(blocks.sum(-1))
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Return rows and columns of the salient weights, int64 [N] each, row-major."""
+        if self.spec.index == "bitmap":
+            rows, columns = unpack_bits(self.get_buffer("bitmap"), self.in_features).nonzero(as_tuple=True)
+            return rows, columns
+        counts = self.get_buffer("counts").long()
+        blocks_of_N = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts.flatten())
+        rows, blocks = blocks_of_N // counts.shape[1], blocks_of_N % counts.shape[1]
+        return rows, blocks * SALIENT_BLOCK + self.get_buffer("columns").long()
+
+    def values(self, rows: Tensor) -> Tensor:
+        """Return the weights, float32 [N], for the rows that `places` gave."""
+        return self.scale.float()[rows] * (self.codes.float() - self.zero.float()[rows])

@@ -1,0 +1,26 @@
+"""How a weight is found: the table of methods. The command line, the admin API, the benchmarks and the docs read it.
+
+A new method is one file here, one row in this table, a test with its 8x8 golden file, and a page in docs/methods.
+"""
+
+from onebit_core.errors import ConfigError
+from onebit_core.methods.base import Method
+from onebit_core.methods.gptq import GPTQ
+from onebit_core.methods.pb_llm import PB_LLM
+from onebit_core.methods.rtn import RTN
+from onebit_core.methods.svid import SVID
+
+METHODS: dict[str, Method] = {"rtn": RTN, "gptq": GPTQ, "svid": SVID, "pb_llm": PB_LLM}
+
+__all__ = ["METHODS", "Method", "method_named"]
+
+
+def method_named(name: str) -> Method:
+    """Return a method of the table.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]

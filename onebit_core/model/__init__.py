@@ -1,0 +1,1 @@
+"""Opening originals, finding their blocks and linears, swapping modules."""

@@ -1,0 +1,99 @@
+"""Where an architecture keeps its decoder blocks and linears: one table row each.
+
+Linears of one group read the same input, and groups stand in the order in which a block computes them: calibration
+records one Hessian per group, on inputs that already went through the quantized groups before it. The first group reads
+the input of attention.
+
+Modelling code stays in transformers; an architecture without a row is refused by name.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from onebit_core.errors import UnsupportedModel
+
+Groups = tuple[tuple[str, ...], ...]
+
+_LLAMA: Groups = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+_OPT: Groups = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.out_proj",),
+    ("fc1",),
+    ("fc2",),
+)
+_NEOX: Groups = (("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",))
+_PHI: Groups = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.dense",),
+    ("mlp.fc1",),
+    ("mlp.fc2",),
+)
+_PHI3: Groups = (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLayout:
+    """Where things are in one architecture.
+
+    Attributes:
+        blocks: path of the list of decoder blocks.
+        groups: linears of a block by shared input, in order of computation.
+    """
+
+    blocks: str
+    groups: Groups
+
+
+LAYOUTS: dict[str, BlockLayout] = {
+    "LlamaForCausalLM": BlockLayout(blocks="model.layers", groups=_LLAMA),
+    "MistralForCausalLM": BlockLayout(blocks="model.layers", groups=_LLAMA),
+    "Qwen2ForCausalLM": BlockLayout(blocks="model.layers", groups=_LLAMA),
+    "Qwen3ForCausalLM": BlockLayout(blocks="model.layers", groups=_LLAMA),
+    "Gemma2ForCausalLM": BlockLayout(blocks="model.layers", groups=_LLAMA),
+    "Gemma3ForCausalLM": BlockLayout(blocks="model.layers", groups=_LLAMA),
+    "SmolLM3ForCausalLM": BlockLayout(blocks="model.layers", groups=_LLAMA),
+    "OPTForCausalLM": BlockLayout(blocks="model.decoder.layers", groups=_OPT),
+    "GPTNeoXForCausalLM": BlockLayout(blocks="gpt_neox.layers", groups=_NEOX),
+    "PhiForCausalLM": BlockLayout(blocks="model.layers", groups=_PHI),
+    "Phi3ForCausalLM": BlockLayout(blocks="model.layers", groups=_PHI3),
+}
+"""transformers' class name to layout."""
+
+
+def layout_of(architecture: str) -> BlockLayout:
+    """Return the layout of an architecture.
+
+    Raises:
+        UnsupportedModel: it has no row in the table.
+    """
+    if architecture not in LAYOUTS:
+        raise UnsupportedModel(f"architecture {architecture!r} is not supported; supported: {', '.join(LAYOUTS)}")
+    return LAYOUTS[architecture]
+
+
+def blocks_of(model: nn.Module, layout: BlockLayout) -> nn.ModuleList:
+    """Return the list of decoder blocks."""
+    blocks = model.get_submodule(layout.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """Return one linear of a block.
+
+    Raises:
+        UnsupportedModel: the block has no plain linear of that name (a mixture of experts, say).
+    """
+    try:
+        module = block.get_submodule(name)
+    except AttributeError:
+        raise UnsupportedModel(f"the decoder block {type(block).__name__} has no linear {name!r}") from None
+    if type(module) is not nn.Linear:
+        raise UnsupportedModel(f"{name} is a {type(module).__name__}, and only plain linears can be quantized")
+    return module

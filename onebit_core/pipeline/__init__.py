@@ -1,0 +1,1 @@
+"""The story of a quantization: configuration, plan, run, resume."""

@@ -1,0 +1,81 @@
+"""QuantizeConfig: everything that decides a quantization."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from onebit_core.calibration.sources import BUILTIN
+from onebit_core.config import StrictConfig
+from onebit_core.errors import ConfigError
+from onebit_core.methods import method_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(StrictConfig):
+    """What the model is calibrated on.
+
+    Attributes:
+        text: sources (onebit_core.calibration.sources); several are mixed in equal shares.
+        samples: windows in all.
+        tokens: tokens per window.
+        seed: of the windows' places.
+        first_token_weight: how much the first token of a window counts in the statistics of attention's inputs.
+    """
+
+    text: tuple[str, ...] = (BUILTIN,)
+    samples: int = 32
+    tokens: int = 1024
+    seed: int = 0
+    first_token_weight: float = 64.0
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ConfigError("calibration.text: name at least one text")
+        if self.samples < 1 or self.tokens < 2:
+            raise ConfigError(
+                f"calibration: {self.samples} samples of {self.tokens} tokens; at least 1 sample of 2 tokens is needed"
+            )
+        if self.first_token_weight <= 0:
+            raise ConfigError(f"calibration.first_token_weight {self.first_token_weight}: must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(StrictConfig):
+    """A quantization.
+
+    Attributes:
+        model: Hugging Face folder, hub id or GGUF file.
+        method: name in METHODS.
+        settings: the method's settings; missing ones take the method's defaults, which are written out here.
+        calibration: text and amounts.
+        embedding_bits: 16 keeps embedding and head as they are, 8 stores them in 8 bit.
+        name: model name to serve under; default: made from model and method.
+        device: cpu, cuda, cuda:N, or auto.
+    """
+
+    model: str
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    embedding_bits: Literal[8, 16] = 16
+    name: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        complete = self.method_settings().to_dict()
+        object.__setattr__(self, "settings", complete)
+
+    def method_settings(self) -> StrictConfig:
+        """Return the settings as the method's own class.
+
+        Raises:
+            ConfigError: unknown method, or settings it does not take.
+        """
+        return method_named(self.method).config.from_dict(self.settings)
+
+    def fingerprint(self) -> str:
+        """Return a hash of what decides the result (not of name and device)."""
+        values = self.to_dict()
+        del values["name"], values["device"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,86 @@
+"""Configuration and model to an ordered list of layer tasks; what cannot be meant stops here, before any work."""
+
+from dataclasses import dataclass
+
+import psutil
+
+from onebit_core.errors import ConfigError, NotEnoughMemory
+from onebit_core.methods import Method, method_named
+from onebit_core.model.blocks import Groups, linear_of
+from onebit_core.model.loading import OriginalModel
+from onebit_core.pipeline.config import QuantizeConfig
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+        method: the row of the method table.
+        groups: linears of each block that share an input.
+        num_blocks: decoder blocks.
+        calibrated: whether inputs are recorded.
+        memory_bytes: the most that will be in memory at once, roughly.
+    """
+
+    method: Method
+    groups: Groups
+    num_blocks: int
+    calibrated: bool
+    memory_bytes: int
+
+
+def make_plan(original: OriginalModel, config: QuantizeConfig) -> Plan:
+    """Check a configuration against a model.
+
+    Raises:
+        ConfigError: settings that do not fit a layer's shape, or samples longer than the model's context.
+        UnsupportedModel: a block without the linears of its architecture.
+        NotEnoughMemory: one block with its statistics and activations does not fit.
+    """
+    method = method_named(config.method)
+    settings = config.method_settings()
+    for index, block in enumerate(original.blocks):
+        for name in (name for group in original.layout.groups for name in group):
+            linear = linear_of(block, name)
+            try:
+                method.check(settings, linear.out_features, linear.in_features)
+            except ConfigError as error:
+                raise ConfigError(f"{config.method}: block {index}, {name}: {error}") from error
+    calibrated = method.needs_statistics(settings)
+    context = getattr(original.config.get_text_config(), "max_position_embeddings", None)
+    if calibrated and context and config.calibration.tokens > context:
+        raise ConfigError(
+            f"calibration.tokens {config.calibration.tokens} is more than the model's context; use at most {context}"
+        )
+    memory = _memory_bytes(original, config, calibrated=calibrated)
+    free = psutil.virtual_memory().available
+    if memory > free:
+        raise NotEnoughMemory(
+            f"{config.model}: one block at a time needs about {memory / 2**30:.1f} GiB of memory, and "
+            f"{free / 2**30:.1f} GiB are free; use fewer or shorter samples, or a machine with more memory"
+        )
+    return Plan(
+        method=method,
+        groups=original.layout.groups,
+        num_blocks=len(original.blocks),
+        calibrated=calibrated,
+        memory_bytes=memory,
+    )
+
+
+def _memory_bytes(original: OriginalModel, config: QuantizeConfig, *, calibrated: bool) -> int:
+    """Estimate the peak: outer weights, one block twice, the largest Hessian four times, activations in and out."""
+    blocks = f"{original.layout.blocks}."
+    outer = sum(tensor.numel() for name, tensor in original.model.named_parameters() if not name.startswith(blocks))
+    block = sum(tensor.numel() for tensor in original.blocks[0].parameters())
+    linears = [linear_of(original.blocks[0], name) for group in original.layout.groups for name in group]
+    widest = max(linear.in_features for linear in linears)
+    elements = outer + 2 * block
+    if calibrated:
+        hidden = original.config.get_text_config().hidden_size
+        elements += 4 * widest**2 + 2 * config.calibration.samples * config.calibration.tokens * hidden
+    packed = original.num_parameters // 4  # bytes of finished layers, at most two bits a weight or so
+    return elements * FLOAT_BYTES + packed

@@ -1,0 +1,89 @@
+"""Finished blocks on disk: a run that was stopped continues after the last one.
+
+    WORK/run.json                fingerprints of configuration and original
+    WORK/block_0007.safetensors  packed tensors of block 7; its metadata holds specs and reports
+
+A block file appears at once (written beside, renamed) and only when its block is complete. The activations are not
+kept: a continued run carries the calibration samples through the finished blocks again, which costs one forward pass.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from onebit_core.artifact.manifest import LayerReport
+from onebit_core.errors import ConfigError, CorruptArtifact
+from onebit_core.layers import LayerSpec, QuantizedLinear, build_layer
+
+RUN_FILE = "run.json"
+
+BlockResult = dict[str, tuple[QuantizedLinear, LayerReport]]
+"""Linear name inside the block to its packed layer and report."""
+
+
+class WorkFolder:
+    """The finished blocks of one run.
+
+    Raises:
+        ConfigError: the folder belongs to another run.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        run = folder / RUN_FILE
+        if run.is_file():
+            if json.loads(run.read_text(encoding="utf-8")) != fingerprint:
+                raise ConfigError(
+                    f"{folder}: holds blocks of another run (other model or settings); "
+                    "choose another --work-dir, or remove it"
+                )
+        else:
+            run.write_text(json.dumps(fingerprint), encoding="utf-8")
+
+    def save(self, index: int, result: BlockResult) -> None:
+        """Keep a finished block."""
+        tensors = {
+            f"{name}:{child}": tensor.contiguous().cpu()
+            for name, (layer, _) in result.items()
+            for child, _, tensor in layer.stored_tensors()
+        }
+        metadata = {
+            name: json.dumps({"spec": layer.spec.to_dict(), "report": report.to_dict()})
+            for name, (layer, report) in result.items()
+        }
+        temporary = self._file(index).with_suffix(".writing")
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.replace(self._file(index))
+
+    def load(self, index: int) -> BlockResult | None:
+        """Return a finished block, or None if it has yet to be done.
+
+        Raises:
+            CorruptArtifact: the file is damaged.
+        """
+        file = self._file(index)
+        if not file.is_file():
+            return None
+        result: BlockResult = {}
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name, text in (reader.metadata() or {}).items():
+                    values = json.loads(text)
+                    layer = build_layer(LayerSpec.from_dict(values["spec"]))
+                    for child, _, tensor in list(layer.stored_tensors()):
+                        stored = reader.get_tensor(f"{name}:{child}")
+                        if child == "bias":
+                            layer.set_bias(stored)
+                        else:
+                            tensor.copy_(stored)
+                    result[name] = (layer, LayerReport.from_dict(values["report"]))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise CorruptArtifact(f"{file}: damaged ({error}); remove it to compute the block again") from error
+        return result
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block_{index:04d}.safetensors"

@@ -1,0 +1,209 @@
+"""quantize_model(): the main path of the core, read top to bottom.
+
+Blocks are done one after the other, and inside a block the groups of linears that share an input, each calibrated on
+what the already quantized prefix really delivers. In memory are at any time: one block, one Hessian, the activations of
+the calibration samples, and the packed layers.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from onebit_core.artifact.manifest import LayerReport, Report
+from onebit_core.artifact.writer import ArtifactDraft, refuse_existing, write_artifact
+from onebit_core.calibration.sampling import CalibrationTokens, sample_tokens
+from onebit_core.calibration.statistics import InputStatistics
+from onebit_core.errors import BackendUnavailable, BadWeight
+from onebit_core.layers import QuantizedLinear
+from onebit_core.methods.second_order import output_error, weight_error
+from onebit_core.model.blocks import linear_of
+from onebit_core.model.loading import OriginalModel, open_original
+from onebit_core.model.replace import replace_module
+from onebit_core.pipeline.capture import CapturedInputs
+from onebit_core.pipeline.config import QuantizeConfig
+from onebit_core.pipeline.plan import Plan, make_plan
+from onebit_core.pipeline.resume import BlockResult, WorkFolder
+from onebit_core.progress import Watch
+
+QUIET = Watch()
+
+
+def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, work: Path | None = None) -> Path:
+    """Quantize a model and write the artifact.
+
+    Args:
+        config: everything that decides the result.
+        out: the artifact's folder; must not exist.
+        watch: where progress goes, and who may stop the run (looked at after every block).
+        work: folder for finished blocks, so that a stopped run can continue; None keeps nothing.
+
+    Returns:
+        `out`.
+
+    Raises:
+        OnebitError: see onebit_core.errors; nothing half-written remains.
+    """
+    started = time.monotonic()
+    refuse_existing(out)
+    watch.report("load", 0, 1, model=config.model)
+    original = open_original(config.model)
+    plan = make_plan(original, config)
+    device = resolve_device(config.device)
+    tokens = _calibration_tokens(original, config) if plan.calibrated else None
+    folder = WorkFolder(work, _fingerprint(original, config)) if work else None
+    original.load_outer(device)
+    watch.report("load", 1, 1, model=config.model, blocks=plan.num_blocks)
+
+    watch.report("calibrate", 0, 1)
+    captured = CapturedInputs(original, tokens.ids_ST, device) if tokens else None
+    watch.report("calibrate", 1, 1)
+
+    layers: dict[str, QuantizedLinear] = {}
+    reports: list[LayerReport] = []
+    watch.report("quantize", 0, plan.num_blocks)
+    for index in range(plan.num_blocks):
+        result = _finish_block(original, plan, config, (index, captured, folder), device)
+        for name, (layer, report) in result.items():
+            layers[f"{original.layout.blocks}.{index}.{name}"] = layer
+            reports.append(report)
+        error = _mean_error([report for _, report in result.values()])
+        watch.report("quantize", index + 1, plan.num_blocks, block=index, relative_error=error)
+
+    watch.report("write", 0, 1)
+    draft = ArtifactDraft(
+        name=config.name or default_name(config),
+        method=config.method,
+        settings=config.settings,
+        nominal_bits=plan.method.nominal_bits(config.method_settings()),
+        calibration=_calibration_record(config, tokens),
+        embedding_bits=config.embedding_bits,
+        layers=layers,
+        report=Report(layers=tuple(reports), seconds={"quantize": round(time.monotonic() - started, 1)}),
+    )
+    write_artifact(original, draft, out)
+    watch.report("write", 1, 1, artifact=str(out))
+    return out
+
+
+def resolve_device(device: str) -> str:
+    """Return the device of a user's choice; auto is the first GPU, or the CPU where there is none.
+
+    Raises:
+        BackendUnavailable: CUDA was asked for and is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BackendUnavailable(f"device {device!r}: this machine has no CUDA device; use cpu")
+    return device
+
+
+def default_name(config: QuantizeConfig) -> str:
+    """Make a model name from the original's and the method's."""
+    stem = Path(config.model).name.removesuffix(".gguf")
+    return f"{stem}-{config.method}"
+
+
+def _finish_block(
+    original: OriginalModel,
+    plan: Plan,
+    config: QuantizeConfig,
+    place: tuple[int, CapturedInputs | None, WorkFolder | None],
+    device: str,
+) -> BlockResult:
+    """Quantize one block, or take it from the work folder; carry the activations on."""
+    index, captured, folder = place
+    block = original.load_block(index, device)
+    result = folder.load(index) if folder else None
+    if result is None:
+        result = _quantize_block(block, index, plan, config, captured)
+        if folder:
+            folder.save(index, result)
+    for name, (layer, _) in result.items():
+        replace_module(block, name, layer.to(device))
+    if captured is not None:
+        captured.advance(block)
+    for layer, _ in result.values():
+        layer.cpu()
+    original.release_block(index)
+    return result
+
+
+def _quantize_block(
+    block: nn.Module, index: int, plan: Plan, config: QuantizeConfig, captured: CapturedInputs | None
+) -> BlockResult:
+    """Quantize the groups of one block in order, each on inputs from the groups already in place."""
+    result: BlockResult = {}
+    for position, group in enumerate(plan.groups):
+        statistics = None
+        if captured is not None:
+            # The first group reads attention's input, where the first token is the sink of all others.
+            weight = config.calibration.first_token_weight if position == 0 else 1.0
+            statistics = captured.statistics(block, group[0], weight)
+        for name in group:
+            result[name] = _quantize_linear(block, index, name, statistics, (plan, config))
+            replace_module(block, name, result[name][0])
+    return result
+
+
+def _quantize_linear(
+    block: nn.Module,
+    index: int,
+    name: str,
+    statistics: InputStatistics | None,
+    task: tuple[Plan, QuantizeConfig],
+) -> tuple[QuantizedLinear, LayerReport]:
+    """Quantize one linear and measure what it lost."""
+    plan, config = task
+    started = time.monotonic()
+    linear = linear_of(block, name)
+    weight_OI: Tensor = linear.weight.detach().float()
+    if not torch.isfinite(weight_OI).all():
+        raise BadWeight(f"block {index}, {name}: the weight holds NaN or infinite values")
+    layer = plan.method.quantize(weight_OI, statistics, config.method_settings())
+    if linear.bias is not None:
+        layer.set_bias(linear.bias)
+    decided_OI = layer.dequantize()
+    report = LayerReport(
+        name=name,
+        block=index,
+        projection=name.rpartition(".")[2],
+        method=config.method,
+        bits=round(layer.bits_per_weight(), 4),
+        weight_error=weight_error(weight_OI, decided_OI),
+        output_error=None if statistics is None else output_error(weight_OI, decided_OI, statistics.hessian_II),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    return layer, report
+
+
+def _calibration_tokens(original: OriginalModel, config: QuantizeConfig) -> CalibrationTokens:
+    """Draw the calibration windows."""
+    calibration = config.calibration
+    return sample_tokens(
+        original.tokenizer,
+        calibration.text,
+        samples=calibration.samples,
+        tokens=calibration.tokens,
+        seed=calibration.seed,
+    )
+
+
+def _calibration_record(config: QuantizeConfig, tokens: CalibrationTokens | None) -> dict[str, object]:
+    """Return what the manifest says about calibration; empty if there was none."""
+    if tokens is None:
+        return {}
+    return {**config.calibration.to_dict(), "fingerprints": tokens.fingerprints}
+
+
+def _fingerprint(original: OriginalModel, config: QuantizeConfig) -> dict[str, str]:
+    """Return what must be equal for a run to continue another."""
+    return {"config": config.fingerprint(), "source": original.store.sha256()}
+
+
+def _mean_error(reports: list[LayerReport]) -> float:
+    """Return a block's mean output error, or weight error where nothing was calibrated."""
+    errors = [report.weight_error if report.output_error is None else report.output_error for report in reports]
+    return round(sum(errors) / len(errors), 6)

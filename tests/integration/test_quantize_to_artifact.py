@@ -1,0 +1,138 @@
+"""Each method on a tiny model: quantize, write, read back, equal logits; on several architectures."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from onebit_core.artifact.reader import load_model, read_manifest, read_report
+from onebit_core.errors import ArtifactError, ConfigError
+from onebit_core.layers import QuantizedLinear
+from onebit_core.methods import METHODS
+from onebit_core.model.loading import load_original
+from onebit_core.progress import ProgressEvent, Watch
+from tests.support.quantized import quantize_tiny
+from tests.support.tiny_model import save_tiny_model
+
+IDS = torch.arange(3, 40)[None]
+ARCHITECTURES = ["llama", "qwen3", "opt", "gpt_neox"]
+
+
+def rebuild_dense(original, compressed):
+    """Put the weights the packed layers stand for into the original model, as plain linears."""
+    for name, module in compressed.named_modules():
+        if isinstance(module, QuantizedLinear) and name != "lm_head":
+            original.get_submodule(name).weight.data.copy_(module.dequantize())
+    return original
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reloaded_model_has_the_logits_of_its_weights(tmp_path, architecture, method):
+    """The artifact computes what the original would with the dequantized weights put in, biases and norms included."""
+    folder = save_tiny_model(tmp_path / "model", architecture=architecture)
+    artifact = quantize_tiny(folder, tmp_path / "artifact", method)
+    original, _ = load_original(str(folder), dtype=torch.float32)
+    before = original(IDS).logits
+    for backend in ("reference", "dense"):
+        loaded = load_model(artifact, backend=backend)
+        expected = rebuild_dense(original, loaded.model)(IDS).logits
+        torch.testing.assert_close(loaded.model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(expected, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_loads_are_equal_bit_for_bit(tiny_llama, tmp_path, method):
+    """Loading changes nothing."""
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", method)
+    first, second = (load_model(artifact).model(IDS).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_two_runs_give_the_same_file(tiny_llama, tmp_path):
+    """Same model, same settings, same seed: the same bytes."""
+    first = quantize_tiny(tiny_llama, tmp_path / "a", "pb_llm")
+    second = quantize_tiny(tiny_llama, tmp_path / "b", "pb_llm")
+    assert read_manifest(first).sha256 == read_manifest(second).sha256
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_in_8_bit(tmp_path, tied):
+    """8-bit embedding and head, tied or not, halve their bytes or better and keep the logits close."""
+    folder = save_tiny_model(tmp_path / "model", tied=tied)
+    plain = quantize_tiny(folder, tmp_path / "plain", "rtn", settings={"bits": 8, "group_size": 32})
+    small = quantize_tiny(folder, tmp_path / "small", "rtn", settings={"bits": 8, "group_size": 32}, embedding_bits=8)
+    before, after = (read_manifest(path).bytes_by_part["embedding"] for path in (plain, small))
+    assert after < 0.5 * before
+    logits_plain, logits_small = (load_model(path).model(IDS).logits for path in (plain, small))
+    error = (logits_plain - logits_small).norm() / logits_plain.norm()
+    assert 0 < error < 0.05
+    reference = load_model(small, backend="reference").model(IDS).logits
+    torch.testing.assert_close(reference, logits_small, rtol=1e-4, atol=1e-4)
+
+
+def test_bits_are_those_of_the_file(tiny_llama, tmp_path):
+    """True bits, whole-model bits and bytes by part add up to the tensors on disk."""
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "pb_llm")
+    manifest = read_manifest(artifact)
+    with safe_open(artifact / "model.safetensors", framework="pt") as reader:
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  (not iterable)
+    assert sum(manifest.bytes_by_part.values()) == sum(tensor.nbytes for tensor in tensors.values())
+    linear = {name: tensor for name, tensor in tensors.items() if "_proj." in name}
+    weights = sum(64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 128 for _ in range(2))
+    assert manifest.bits.linear_true == round(8 * sum(t.nbytes for t in linear.values()) / weights, 4)
+    assert manifest.bits.whole_model == round(
+        8 * sum(t.nbytes for t in tensors.values()) / manifest.source.parameters, 4
+    )
+
+
+def test_manifest_and_report_say_what_was_done(tiny_llama, tmp_path):
+    """Method, complete settings, source, calibration with fingerprint, one report per linear."""
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "gptq", name="my-model")
+    manifest, report = read_manifest(artifact), read_report(artifact)
+    assert manifest.name == "my-model"
+    assert manifest.settings["damping"] == 0.01
+    assert manifest.calibration["samples"] == 4
+    assert len(manifest.calibration["fingerprints"]["builtin:python"]) == 64
+    assert [layer.projection for layer in report.layers[:7]] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+    assert len(report.layers) == 14
+    assert all(0 <= layer.output_error < 1 for layer in report.layers)
+
+
+def test_progress_is_told_block_by_block(tiny_llama, tmp_path):
+    """Stages in order, every block with its error."""
+    events: list[ProgressEvent] = []
+    quantize_tiny(tiny_llama, tmp_path / "artifact", "gptq", watch=Watch(sink=events.append))
+    assert list(dict.fromkeys(event.stage for event in events)) == ["load", "calibrate", "quantize", "write"]
+    blocks = [event for event in events if event.stage == "quantize" and event.done]
+    assert [(event.done, event.total) for event in blocks] == [(1, 2), (2, 2)]
+    assert all(event.detail["relative_error"] > 0 for event in blocks)
+
+
+def test_an_existing_folder_is_not_overwritten(tiny_llama, tmp_path):
+    """Refused before any work, and left as it was."""
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "precious.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="exists already"):
+        quantize_tiny(tiny_llama, tmp_path / "artifact")
+    assert (tmp_path / "artifact" / "precious.txt").read_text() == "mine"
+
+
+def test_a_group_that_does_not_fit_is_refused_before_work(tiny_llama, tmp_path):
+    """The message names block, layer and the nearest valid size; nothing is written."""
+    with pytest.raises(ConfigError, match=r"block 0, self_attn.q_proj: group_size 48 does not divide 64"):
+        quantize_tiny(tiny_llama, tmp_path / "artifact", settings={"group_size": 48})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_feedback_uses_the_quantized_prefix(tiny_llama, tmp_path):
+    """Later blocks are calibrated on what the quantized earlier ones deliver, so their statistics differ."""
+    fine = quantize_tiny(tiny_llama, tmp_path / "fine", "gptq", settings={"bits": 8, "group_size": 32})
+    coarse = quantize_tiny(tiny_llama, tmp_path / "coarse", "gptq", settings={"bits": 1, "group_size": 32})
+    for path in (fine, coarse):
+        assert json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"] == "onebit"
+    errors = [read_report(path).layers[-1].output_error for path in (fine, coarse)]
+    assert errors[0] < 1e-3 < errors[1]

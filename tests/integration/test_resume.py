@@ -1,0 +1,68 @@
+"""A run that was stopped continues after the last finished block, and ends with the same bytes."""
+
+import pytest
+
+from onebit_core.artifact.reader import read_manifest
+from onebit_core.errors import Cancelled, ConfigError, CorruptArtifact
+from onebit_core.pipeline.run import quantize_model
+from onebit_core.progress import CancelToken, ProgressEvent, Watch
+from tests.support.quantized import quantize_tiny, tiny_config
+from tests.support.tiny_model import save_tiny_model
+
+
+class StopAfter:
+    """A watch that cancels once a number of blocks is done, and counts blocks."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks, self.seen, self.token = blocks, [], CancelToken()
+
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.stage == "quantize" and event.done:
+            self.seen.append(event.done)
+            if event.done == self.blocks:
+                self.token.cancel()
+
+    def watch(self) -> Watch:
+        return Watch(sink=self, cancel=self.token)
+
+
+def test_a_resumed_run_gives_the_same_bytes(tmp_path):
+    """Stopped after block 2 of 3 and continued: equal to the undisturbed run."""
+    model = save_tiny_model(tmp_path / "model", num_layers=3)
+    undisturbed = quantize_tiny(model, tmp_path / "undisturbed", "pb_llm")
+    config, work, out = tiny_config(model, "pb_llm"), tmp_path / "work", tmp_path / "resumed"
+    with pytest.raises(Cancelled):
+        quantize_model(config, out, watch=StopAfter(2).watch(), work=work)
+    assert not out.exists()
+    assert sorted(file.name for file in work.iterdir()) == [
+        "block_0000.safetensors", "block_0001.safetensors", "run.json",
+    ]  # fmt: skip
+    before = {file: file.stat().st_mtime_ns for file in work.glob("block_*")}
+    quantize_model(config, out, work=work)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert read_manifest(out).sha256 == read_manifest(undisturbed).sha256
+
+
+def test_a_cancelled_run_leaves_no_artifact(tiny_llama, tmp_path):
+    """Neither the folder nor a temporary one."""
+    with pytest.raises(Cancelled):
+        quantize_model(tiny_config(tiny_llama, "gptq"), tmp_path / "out", watch=StopAfter(1).watch())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_work_folder_of_another_run_is_refused(tiny_llama, tmp_path):
+    """Other settings must not continue these blocks."""
+    quantize_model(tiny_config(tiny_llama, "rtn"), tmp_path / "a", work=tmp_path / "work")
+    other = tiny_config(tiny_llama, "rtn", settings={"bits": 3, "group_size": 32})
+    with pytest.raises(ConfigError, match="blocks of another run"):
+        quantize_model(other, tmp_path / "b", work=tmp_path / "work")
+
+
+def test_a_damaged_block_is_named(tiny_llama, tmp_path):
+    """A truncated block file is an error with the remedy, not a wrong model."""
+    work = tmp_path / "work"
+    quantize_model(tiny_config(tiny_llama, "rtn"), tmp_path / "a", work=work)
+    file = work / "block_0001.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CorruptArtifact, match=r"block_0001.safetensors: damaged .* remove it"):
+        quantize_model(tiny_config(tiny_llama, "rtn"), tmp_path / "b", work=work)

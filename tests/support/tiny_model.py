@@ -1,0 +1,170 @@
+"""A tiny random language model with a real tokenizer, saved as a Hugging Face folder in milliseconds.
+
+The tokenizer is byte level: ids 0 to 255 are the bytes, 256 is `<|endoftext|>` (eos and padding), 257 is
+`<|im_start|>`, 258 is `<|im_end|>`; higher ids are words of the model that decode to nothing. So every text
+survives a round trip, and a random model emits broken UTF-8 often enough to test what a server does with it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+EOS_TOKEN = "<|endoftext|>"
+EOS_ID = 256
+SPECIAL_TOKENS = (EOS_TOKEN, "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MAX_POSITIONS = 512
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the byte-level tokenizer described above."""
+    alphabet = _bytes_in_order()
+    backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS_TOKEN,
+        pad_token=EOS_TOKEN,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_POSITIONS,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _bytes_in_order() -> list[str]:
+    """Return the printable letter GPT-2's byte-level alphabet gives to each byte 0..255."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in letters]
+    letters |= {byte: chr(256 + position) for position, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
+
+
+def save_tiny_model(
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    hidden_size: int = 64,
+    intermediate_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    vocab_size: int = 320,
+    tied: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Save a random float32 model and the byte tokenizer; equal arguments give equal weights.
+
+    Args:
+        folder: made if missing.
+        architecture: "llama", "qwen3", "opt" or "gpt_neox"; the last two have no grouped heads.
+        hidden_size: width of the residual stream, a multiple of num_heads.
+        intermediate_size: width of the feed-forward.
+        num_layers: decoder blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, where the architecture groups them.
+        vocab_size: at least 259, for the tokenizer's ids.
+        tied: whether the head is the embedding.
+        seed: of the weights.
+
+    Returns:
+        The folder.
+    """
+    sizes = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+    }
+    common = {
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": MAX_POSITIONS,
+        "bos_token_id": EOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": EOS_ID,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ARCHITECTURES[architecture](sizes, common).float().eval()
+        for parameter in model.parameters():  # the default deviation of 0.02 makes near-ties everywhere
+            if parameter.ndim == 2:
+                parameter.data.mul_(4.0)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _llama_sizes(sizes: dict[str, int]) -> dict[str, Any]:
+    return {
+        "hidden_size": sizes["hidden_size"],
+        "intermediate_size": sizes["intermediate_size"],
+        "num_hidden_layers": sizes["num_layers"],
+        "num_attention_heads": sizes["num_heads"],
+        "num_key_value_heads": sizes["num_kv_heads"],
+        "head_dim": sizes["hidden_size"] // sizes["num_heads"],
+    }
+
+
+def _llama(sizes: dict[str, int], common: dict[str, Any]) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**_llama_sizes(sizes), **common))
+
+
+def _qwen3(sizes: dict[str, int], common: dict[str, Any]) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(Qwen3Config(**_llama_sizes(sizes), **common))
+
+
+def _opt(sizes: dict[str, int], common: dict[str, Any]) -> OPTForCausalLM:
+    return OPTForCausalLM(
+        OPTConfig(
+            hidden_size=sizes["hidden_size"],
+            word_embed_proj_dim=sizes["hidden_size"],
+            ffn_dim=sizes["intermediate_size"],
+            num_hidden_layers=sizes["num_layers"],
+            num_attention_heads=sizes["num_heads"],
+            **common,
+        )
+    )
+
+
+def _gpt_neox(sizes: dict[str, int], common: dict[str, Any]) -> GPTNeoXForCausalLM:
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=sizes["hidden_size"],
+            intermediate_size=sizes["intermediate_size"],
+            num_hidden_layers=sizes["num_layers"],
+            num_attention_heads=sizes["num_heads"],
+            **common,
+        )
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[dict[str, int], dict[str, Any]], Any]] = {
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "opt": _opt,
+    "gpt_neox": _gpt_neox,
+}

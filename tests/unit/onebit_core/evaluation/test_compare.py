@@ -1,0 +1,166 @@
+"""A comparison of whole models: equal to the plain computation, however it is cut up."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from onebit_core.errors import Cancelled, EvaluationError
+from onebit_core.evaluation.compare import evaluate_models
+from onebit_core.evaluation.logits import LogitsReader
+from onebit_core.evaluation.windows import TokenWindows
+from onebit_core.progress import ProgressEvent, Watch
+from tests.support.tiny_model import ARCHITECTURES, save_tiny_model
+
+WINDOWS, LENGTH = 3, 70  # more than one slice of positions, and a last slice that is shorter
+
+
+@pytest.fixture
+def tokens() -> TokenWindows:
+    tokens_WT = torch.randint(0, 256, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
+    return TokenWindows.of("random", tokens_WT)
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(save_tiny_model(folder, **options)).eval()
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Any:
+    return load(tmp_path / "original")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Any:
+    return load(tmp_path / "other", seed=1)
+
+
+def test_a_model_has_not_lost_anything_against_itself(original: Any, tokens: TokenWindows) -> None:
+    """Equal perplexity, no divergence, full agreement."""
+    result = evaluate_models(original, {"same": original}, tokens)["same"]
+
+    assert result.compressed == result.original
+    assert (result.kl_mean, result.kl_max, result.kl_standard_error) == (0, 0, 0)
+    assert result.top1_agreement == 1
+
+
+def test_perplexity_is_transformers_own(original: Any, other: Any, tokens: TokenWindows) -> None:
+    """The exponential of the mean of the losses transformers reports, for both models."""
+    result = evaluate_models(original, {"other": other}, tokens)["other"]
+
+    for model, measured in ((original, result.original), (other, result.compressed)):
+        with torch.inference_mode():
+            losses = [model(window[None], labels=window[None]).loss.item() for window in tokens.tokens_WT]
+        assert measured.value == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
+
+
+def test_divergence_is_that_of_the_complete_logits(original: Any, other: Any, tokens: TokenWindows) -> None:
+    """Mean and largest KL, and agreement, computed at once from both models' complete logits."""
+    result = evaluate_models(original, {"other": other}, tokens)["other"]
+
+    with torch.inference_mode():
+        p, q = (F.log_softmax(model(tokens.tokens_WT).logits[:, :-1], -1) for model in (original, other))
+    divergence_WT = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    assert result.kl_mean == pytest.approx(divergence_WT.mean().item(), rel=1e-4)
+    assert result.kl_max == pytest.approx(divergence_WT.max().item(), rel=1e-4)
+    assert result.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+    assert result.tokens == divergence_WT.numel()
+
+
+def test_slices_do_not_change_the_result(original: Any, other: Any, tokens: TokenWindows) -> None:
+    """One slice a window or 7 positions a slice: the same numbers."""
+    results = [
+        evaluate_models(original, {"other": other}, tokens, positions_per_slice=positions)["other"]
+        for positions in (LENGTH, 7)
+    ]
+
+    whole, sliced = results
+    assert sliced.kl_mean == pytest.approx(whole.kl_mean, rel=1e-6)
+    assert sliced.compressed.value == pytest.approx(whole.compressed.value, rel=1e-6)
+
+
+def test_candidates_together_equal_candidates_alone(original: Any, other: Any, tokens: TokenWindows) -> None:
+    """Sharing the original's logits does not mix the candidates up."""
+    together = evaluate_models(original, {"same": original, "other": other}, tokens)
+    alone = evaluate_models(original, {"other": other}, tokens)
+
+    assert list(together) == ["same", "other"]
+    assert together["other"].kl_mean == alone["other"].kl_mean
+    assert together["same"].kl_mean == 0
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_hidden_states_and_head_give_the_models_logits(tmp_path: Path, architecture: str) -> None:
+    """Read in slices, the logits are those of the model's forward pass, for every architecture."""
+    model = load(tmp_path, architecture=architecture)
+    tokens_T = torch.arange(20)
+    reader = LogitsReader(model, tokens_T)
+    reader.start(tokens_T)
+
+    read_TV = torch.cat([reader.read(0, 13), reader.read(13, 20)])
+
+    with torch.inference_mode():
+        torch.testing.assert_close(read_TV, model(tokens_T[None]).logits[0])
+
+
+def test_capped_logits_are_read_as_the_model_makes_them() -> None:
+    """Gemma 2 caps its logits after the head; hidden states and head alone would miss that."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=0.5,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    tokens_T = torch.arange(20)
+    reader = LogitsReader(model, tokens_T)
+    reader.start(tokens_T)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(reader.read(0, 20), model(tokens_T[None]).logits[0])
+
+
+def test_broken_logits_name_model_and_window(original: Any, tokens: TokenWindows) -> None:
+    """A NaN weight is reported as what it is, not as a strange perplexity."""
+    broken = copy.deepcopy(original)
+    broken.model.norm.weight.data[0] = torch.nan
+
+    with pytest.raises(EvaluationError, match="logits of broken are not finite in window 0"):
+        evaluate_models(original, {"broken": broken}, tokens)
+
+
+def test_a_window_beyond_the_context_is_refused(original: Any) -> None:
+    """Perplexity beyond the trained context would measure something else."""
+    with pytest.raises(EvaluationError, match="window of 600 tokens is longer than the context"):
+        evaluate_models(original, {"same": original}, TokenWindows.of("long", torch.zeros(1, 600, dtype=torch.int64)))
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path, original: Any, tokens: TokenWindows) -> None:
+    """Distributions over different vocabularies have no divergence."""
+    wider = load(tmp_path / "wider", vocab_size=330)
+
+    with pytest.raises(EvaluationError, match="vocabulary of 330"):
+        evaluate_models(original, {"wider": wider}, tokens)
+
+
+def test_progress_counts_windows_and_cancel_stops_it(original: Any, tokens: TokenWindows) -> None:
+    """One event a window; a token set after the first window ends the run there."""
+    events: list[ProgressEvent] = []
+    watch = Watch(sink=events.append)
+    evaluate_models(original, {"same": original}, tokens, watch)
+    assert [(event.stage, event.done, event.total) for event in events] == [
+        ("evaluate", done, WINDOWS) for done in range(WINDOWS + 1)
+    ]
+
+    watch.cancel.cancel()
+    with pytest.raises(Cancelled):
+        evaluate_models(original, {"same": original}, tokens, watch)

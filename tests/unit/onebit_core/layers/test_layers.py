@@ -1,0 +1,145 @@
+"""Packed layers: every backend agrees with the dense weight, and bytes are what was promised."""
+
+import pytest
+import torch
+from torch import nn
+
+from onebit_core.errors import ConfigError
+from onebit_core.layers import (
+    GroupedIntLinear,
+    LayerSpec,
+    QuantizedEmbedding,
+    SalientWeights,
+    SignLinear,
+    TiedHead,
+    build_layer,
+    use_backend,
+)
+from onebit_core.layers.salient import choose_index
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def salient(rows: int, columns: int, count: int) -> SalientWeights:
+    mask = torch.zeros(rows * columns, dtype=torch.bool)
+    mask[torch.randperm(rows * columns, generator=torch.Generator().manual_seed(1))[:count]] = True
+    return SalientWeights(
+        mask_OI=mask.view(rows, columns),
+        codes_OI=torch.arange(rows * columns).view(rows, columns) % 256,
+        scale_O=torch.full((rows,), 0.5),
+        zero_O=torch.full((rows,), 128),
+    )
+
+
+def sign_layer(weights: SalientWeights | None = None) -> SignLinear:
+    return SignLinear.from_parts(
+        draw(2, 6, 160),
+        scale_in_PI=draw(2, 160, seed=1).abs(),
+        scale_out_PO=draw(2, 6, seed=2).abs(),
+        group_scale_POG=draw(2, 6, 5, seed=3).abs(),
+        shift_OG=draw(6, 1, seed=4),
+        salient=weights,
+    )
+
+
+def int_layer(weights: SalientWeights | None = None) -> GroupedIntLinear:
+    codes = torch.arange(6 * 160).view(6, 160) % 8
+    zero = torch.arange(12).view(6, 2) % 8
+    return GroupedIntLinear.from_codes(codes, draw(6, 2, seed=5).abs(), zero, 3, weights)
+
+
+@pytest.mark.parametrize("make", [sign_layer, int_layer])
+@pytest.mark.parametrize("count", [0, 1, 30, 500])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_every_backend_multiplies_by_the_dense_weight(make, count, with_bias):
+    """Reference and dense give x @ dequantize().T + bias."""
+    layer = make(salient(6, 160, count) if count else None)
+    bias = draw(6, seed=9)
+    if with_bias:
+        layer.set_bias(bias)
+    x = draw(3, 160, seed=7)
+    expected = x.double() @ layer.dequantize().double().T + (bias.double() if with_bias else 0)
+    for backend in ("reference", "dense"):
+        use_backend(layer, backend)
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 30, 500])
+@pytest.mark.parametrize("index", ["block", "bitmap"])
+def test_salient_weights_come_back_from_either_index(count, index):
+    """Codes replace the base exactly at the mask, whichever index stores the places."""
+    weights = salient(6, 160, count)
+    layer = sign_layer(weights)
+    spec = LayerSpec.from_dict({**layer.spec.to_dict(), "salient": {"count": count, "index": index}})
+    rebuilt = build_layer(spec)
+    rebuilt.salient.fill(weights)
+    rows, columns = rebuilt.salient.places()
+    assert torch.equal(torch.stack([rows, columns], 1), weights.mask_OI.nonzero())
+    expected = (weights.codes_OI[weights.mask_OI].float() - 128) * 0.5
+    assert torch.equal(rebuilt.salient.values(rows), expected)
+
+
+def test_the_smaller_index_is_chosen():
+    """Few salient weights are indexed one by one, many by a bitmap."""
+    assert choose_index(10, 100, 256).index == "block"
+    assert choose_index(10_000, 100, 256).index == "bitmap"
+
+
+@pytest.mark.parametrize("make", [sign_layer, int_layer])
+def test_a_layer_rebuilt_from_its_spec_takes_its_tensors(make):
+    """The spec alone gives the names, shapes and dtypes on disk."""
+    layer = make(salient(6, 160, 30))
+    layer.set_bias(torch.zeros(6))
+    rebuilt = build_layer(LayerSpec.from_dict(layer.spec.to_dict()))
+    rebuilt.load_state_dict(layer.state_dict())
+    assert torch.equal(rebuilt.dequantize(), layer.dequantize())
+
+
+def test_bits_are_counted_from_stored_bytes():
+    """One sign plane with both scales on 32 x 64: 1 + 16/64 + 16/32 bits."""
+    layer = SignLinear.from_parts(draw(1, 32, 64), scale_in_PI=torch.ones(1, 64), scale_out_PO=torch.ones(1, 32))
+    assert layer.bits_per_weight() == 1 + 16 / 64 + 16 / 32
+    assert layer.stored_bytes() == sum(tensor.nbytes for tensor in layer.state_dict().values())
+
+
+def test_bits_of_grouped_integers():
+    """3-bit codes with float16 scale and 3-bit zero per 32: 3 + 19/32 bits."""
+    layer = GroupedIntLinear.from_codes(torch.zeros(32, 64).int(), torch.ones(32, 2), torch.zeros(32, 2).int(), 3)
+    assert layer.bits_per_weight() == 3 + 19 / 32
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"in_features": 0}, {"groups": 3}, {"shift_groups": 7}, {"salient": {"count": 10**9, "index": "block"}}],
+)
+def test_an_impossible_spec_is_refused(values):
+    """A spec from a file is checked before tensors are made from it."""
+    good = {"format": "sign", "in_features": 64, "out_features": 8}
+    with pytest.raises(ConfigError, match="LayerSpec"):
+        LayerSpec.from_dict({**good, **values})
+
+
+def test_embedding_in_8_bit_is_close_and_the_tied_head_shares_it():
+    """Lookup is within half a step; the head multiplies by the same table on every backend."""
+    table = draw(50, 16)
+    embedding = QuantizedEmbedding(50, 16)
+    embedding.fill(table)
+    assert (embedding(torch.arange(50)) - table).abs().max() <= table.abs().amax() / 127 * 0.51
+    head = TiedHead(embedding)
+    x = draw(3, 16, seed=1)
+    expected = x @ embedding.dequantize().T
+    for backend in ("reference", "dense"):
+        use_backend(head, backend)
+        torch.testing.assert_close(head(x), expected, rtol=1e-5, atol=1e-5)
+    assert list(head.state_dict()) == []
+
+
+def test_moving_a_layer_drops_its_unpacked_weight():
+    """A dtype change is seen by the dense backend."""
+    layer = int_layer()
+    x = draw(1, 160)
+    layer(x)
+    assert layer.to(torch.float32)(x.bfloat16()).dtype == torch.bfloat16
+    assert isinstance(layer, nn.Module)

@@ -1,0 +1,218 @@
+"""What every method promises: it stores what it decided, beats what it must beat, and repeats its golden numbers."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from onebit_core.calibration.statistics import InputStatistics
+from onebit_core.errors import ConfigError
+from onebit_core.layers import LayerSpec, build_layer
+from onebit_core.methods import METHODS, method_named
+from onebit_core.methods.gptq import GptqConfig, quantize_gptq
+from onebit_core.methods.pb_llm import PbLlmConfig, quantize_pb_llm
+from onebit_core.methods.rtn import RtnConfig, quantize_rtn
+from onebit_core.methods.second_order import output_error, weight_error
+from onebit_core.methods.svid import SvidConfig, quantize_svid
+from tests.support.golden import golden_cases, golden_file, render_golden
+
+
+def problem(rows: int = 48, columns: int = 256, seed: int = 0) -> tuple[torch.Tensor, InputStatistics]:
+    """A Gaussian weight and correlated inputs with a power-law spectrum."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=draw) * 0.02
+    basis, _ = torch.linalg.qr(torch.randn(columns, columns, generator=draw))
+    spectrum = torch.arange(1, columns + 1).float() ** -1.0
+    hessian = (basis * spectrum) @ basis.T
+    return weight, InputStatistics(hessian_II=(hessian + hessian.T) / 2, num_tokens=1000)
+
+
+def settings_of(name: str):
+    small = {"rtn": {"group_size": 32}, "gptq": {"group_size": 32}}.get(name, {})
+    return METHODS[name].config.from_dict(small)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_layer_survives_its_tensors(name):
+    """Rebuilt from spec and tensors, the layer stands for the same weight."""
+    weight, statistics = problem()
+    layer = METHODS[name].quantize(weight, statistics, settings_of(name))
+    rebuilt = build_layer(LayerSpec.from_dict(layer.spec.to_dict()))
+    rebuilt.load_state_dict(layer.state_dict())
+    assert torch.equal(rebuilt.dequantize(), layer.dequantize())
+    assert torch.isfinite(layer.dequantize()).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_input_gives_the_same_bits(name):
+    """No hidden randomness."""
+    weight, statistics = problem()
+    first, second = (METHODS[name].quantize(weight, statistics, settings_of(name)) for _ in range(2))
+    assert all(torch.equal(first.state_dict()[key], value) for key, value in second.state_dict().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_weight_is_not_modified(name):
+    """The caller's tensor stays as it was."""
+    weight, statistics = problem()
+    before = weight.clone()
+    METHODS[name].quantize(weight, statistics, settings_of(name))
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ["zero", "dead_inputs", "constant_column", "one_row"])
+def test_awkward_weights_are_handled(name, kind):
+    """All-zero weights, inputs that were never used, constant columns and a single row give finite layers."""
+    weight, statistics = problem(rows=1 if kind == "one_row" else 8, columns=64)
+    if kind == "zero":
+        weight = torch.zeros_like(weight)
+    if kind == "constant_column":
+        weight[:, 3] = 0.5
+    if kind == "dead_inputs":
+        hessian = statistics.hessian_II.clone()
+        hessian[:, 5] = hessian[5, :] = 0
+        statistics = dataclasses.replace(statistics, hessian_II=hessian)
+    layer = METHODS[name].quantize(weight, statistics, settings_of(name))
+    assert torch.isfinite(layer.dequantize()).all()
+    assert (weight - layer.dequantize()).norm() <= max(1.2 * float(weight.norm()), 1e-2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_feedback_beats_rounding(bits):
+    """GPTQ's output error is below RTN's on the same grid size."""
+    weight, statistics = problem()
+    rounded = quantize_rtn(weight, None, RtnConfig(bits=bits, group_size=64)).dequantize()
+    fed_back = quantize_gptq(weight, statistics, GptqConfig(bits=bits, group_size=64)).dequantize()
+    hessian = statistics.hessian_II
+    assert output_error(weight, fed_back, hessian) < 0.6 * output_error(weight, rounded, hessian)
+
+
+@pytest.mark.parametrize("option", ["act_order", "search"])
+def test_gptq_options_help_on_average(option):
+    """Column order and range search lower the output error, summed over several weights."""
+    plain = changed = 0.0
+    for seed in range(4):
+        weight, statistics = problem(seed=seed)
+        for config in (GptqConfig(bits=2), GptqConfig(bits=2, **{option: True})):
+            error = output_error(weight, quantize_gptq(weight, statistics, config).dequantize(), statistics.hessian_II)
+            plain, changed = (plain + error, changed) if config == GptqConfig(bits=2) else (plain, changed + error)
+    assert changed < plain
+
+
+@pytest.mark.parametrize("group_size", [0, 32, 96, 48, 192])
+def test_gptq_takes_any_group_that_divides(group_size):
+    """Groups that do not divide 128, and one group per row, still beat rounding."""
+    weight, statistics = problem(columns=192)
+    fed_back = quantize_gptq(weight, statistics, GptqConfig(bits=4, group_size=group_size)).dequantize()
+    rounded = quantize_rtn(weight, None, RtnConfig(bits=4, group_size=group_size)).dequantize()
+    assert output_error(weight, fed_back, statistics.hessian_II) < output_error(weight, rounded, statistics.hessian_II)
+
+
+def test_svid_is_exact_when_magnitudes_are_rank_one():
+    """Signs over a rank-one magnitude come back up to float16 scales."""
+    signs = torch.tensor([[1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]])
+    weight = signs * torch.outer(torch.tensor([2.0, 0.5]), torch.tensor([1.0, 3.0, 0.25]))
+    layer = quantize_svid(weight, None, SvidConfig())
+    torch.testing.assert_close(layer.dequantize(), weight, rtol=2e-3, atol=0)
+
+
+def test_svid_error_is_that_of_the_best_rank_one_fit():
+    """|W - W_hat| equals the tail of |W|'s singular values."""
+    weight, _ = problem()
+    error = (weight - quantize_svid(weight, None, SvidConfig(iterations=100)).dequantize()).norm()
+    tail = torch.linalg.svdvals(weight.abs())[1:].square().sum().sqrt()
+    torch.testing.assert_close(error, tail, rtol=1e-4, atol=0)
+
+
+def test_svid_on_gaussian_weights_matches_theory():
+    """The error of a sign on Gaussian weights is 1 - 2/pi; a second plane leaves about 0.13."""
+    weight, _ = problem(rows=512, columns=512)
+    one = weight_error(weight, quantize_svid(weight, None, SvidConfig()).dequantize())
+    two = weight_error(weight, quantize_svid(weight, None, SvidConfig(planes=2)).dequantize())
+    assert abs(one - 0.3634) < 0.005
+    assert abs(two - 0.13) < 0.01
+
+
+def test_svid_importance_lowers_the_error_it_weighs():
+    """With importance, columns with large inputs are fitted better."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=draw) * torch.rand(64, 128, generator=draw)
+    power = torch.linspace(0.01, 10, 128)
+    statistics = InputStatistics(hessian_II=torch.diag(power), num_tokens=1)
+    plain = quantize_svid(weight, None, SvidConfig()).dequantize()
+    weighted = quantize_svid(weight, statistics, SvidConfig(importance="inputs")).dequantize()
+    assert output_error(weight, weighted, statistics.hessian_II) < output_error(weight, plain, statistics.hessian_II)
+
+
+def test_pb_llm_improves_with_the_ratio_and_costs_what_it_says():
+    """More salient weights, less error; 10 % on a large matrix costs 1 + 8r bits plus index and scales."""
+    weight, statistics = problem(rows=256, columns=512)
+    errors = []
+    for ratio in (0.05, 0.1, 0.2, 0.3, 0.5):
+        layer = quantize_pb_llm(weight, statistics, PbLlmConfig(ratio=ratio))
+        errors.append(output_error(weight, layer.dequantize(), statistics.hessian_II))
+        assert layer.spec.salient.count == round(ratio * weight.numel())
+    assert errors == sorted(errors, reverse=True)
+    assert 2.6 < quantize_pb_llm(weight, statistics, PbLlmConfig(ratio=0.1)).bits_per_weight() < 2.85
+
+
+def test_pb_llm_choices_rank_as_published():
+    """Hessian beats magnitude, feedback beats none, the svid base beats the row base."""
+    weight, statistics = problem(rows=128, columns=256)
+
+    def error(**settings) -> float:
+        layer = quantize_pb_llm(weight, statistics, PbLlmConfig(ratio=0.2, **settings))
+        return output_error(weight, layer.dequantize(), statistics.hessian_II)
+
+    best = error()
+    assert best < error(metric="magnitude")
+    assert best < error(feedback=False)
+    assert best < error(base="row")
+
+
+def test_pb_llm_keeps_salient_signs():
+    """A negative salient weight stays negative (the published 8-bit code flips it)."""
+    weight, statistics = problem()
+    weight[3, 7] = -5.0
+    layer = quantize_pb_llm(weight, statistics, PbLlmConfig(ratio=0.05, metric="magnitude"))
+    assert abs(float(layer.dequantize()[3, 7]) + 5.0) < 0.05
+
+
+@pytest.mark.parametrize("case", golden_cases())
+def test_golden_numbers(case):
+    """The 8x8 result of each method is the committed one."""
+    assert render_golden(case) == golden_file(case).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("rtn", {"bits": 9}, "bits 9"),
+        ("rtn", {"bit": 4}, "unknown option 'bit'; known: bits, group_size, search"),
+        ("gptq", {"damping": 0.0}, "damping"),
+        ("svid", {"planes": 0}, "planes 0"),
+        ("svid", {"importance": "hessian"}, "not one of 'none', 'inputs'"),
+        ("pb_llm", {"ratio": 0}, "ratio 0"),
+        ("pb_llm", {"ratio": 1.0}, "ratio 1.0"),
+        ("pb_llm", {"ratio": float("nan")}, "not a finite number"),
+        ("pb_llm", {"metric": "random"}, "not one of 'hessian', 'magnitude'"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(name, settings, message):
+    """The message names the option and its value."""
+    with pytest.raises(ConfigError) as caught:
+        METHODS[name].config.from_dict(settings)
+    assert message in str(caught.value)
+
+
+def test_a_group_that_does_not_divide_names_the_nearest():
+    """The remedy stands in the message."""
+    with pytest.raises(ConfigError, match="nearest that do: 64, 72"):
+        METHODS["gptq"].check(GptqConfig(group_size=70), 10, 576)
+
+
+def test_an_unknown_method_lists_the_known():
+    """A typo is answered with the table."""
+    with pytest.raises(ConfigError, match="unknown method 'gtpq'; known: rtn, gptq, svid, pb_llm"):
+        method_named("gtpq")
