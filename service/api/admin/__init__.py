@@ -1,0 +1,1 @@
+"""What an operator may do: compression jobs, and which models are served."""

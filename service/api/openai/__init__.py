@@ -1,0 +1,1 @@
+"""The part of OpenAI's API we serve: completions, chat completions, models."""

@@ -1,0 +1,156 @@
+"""/v1/completions, /v1/chat/completions, /v1/models: validate, plan, generate, answer.
+
+`_respond` is the story of one request. Nothing is sent before the first event of the engine, so whatever goes wrong up
+to there is a proper HTTP status; after it, an error event in the stream.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Security
+from starlette.responses import JSONResponse, Response
+
+from service.api.dependencies import RegistryDep, SettingsDep
+from service.api.errors import declared_errors
+from service.api.guard import BEARER, InferenceRoute
+from service.api.openai.choices import ChoiceEvent, run_choices
+from service.api.openai.prompts import Plan, plan_chat, plan_completion
+from service.api.openai.responses import Answer, ChatShape, CompletionShape, Shape
+from service.api.openai.schemas import (
+    ChatBody,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionBody,
+    ModelCard,
+    ModelList,
+    SamplingBody,
+)
+from service.api.openai.sse import EventStream
+from service.registry.registry import ModelRegistry
+from service.registry.served import ServedModel
+
+T = TypeVar("T")
+
+CLIENT_CLOSED_REQUEST = 499
+
+router = APIRouter(
+    prefix="/v1",
+    tags=["openai"],
+    route_class=InferenceRoute,
+    dependencies=[Security(BEARER)],
+    responses=declared_errors(400, 401, 403, 404, 413, 429, 500, 503),
+)
+
+
+def _streamed(model: type[Any]) -> dict[int | str, dict[str, Any]]:
+    """Tell OpenAPI that the answer may also be a stream of `model`."""
+    text = f"With stream: events `data: <{model.__name__}>`, then `data: [DONE]`."
+    return {200: {"content": {"text/event-stream": {"schema": {"type": "string", "description": text}}}}}
+
+
+@router.post("/completions", response_model=Completion, responses=_streamed(Completion))
+async def create_completion(
+    body: CompletionBody, request: Request, registry: RegistryDep, settings: SettingsDep
+) -> Response:
+    """Continue one or many prompts."""
+    return await _respond(
+        request, registry, body, CompletionShape(), partial(_plan_completion, body, settings.max_choices)
+    )
+
+
+@router.post("/chat/completions", response_model=ChatCompletion, responses=_streamed(ChatCompletionChunk))
+async def create_chat_completion(
+    body: ChatBody, request: Request, registry: RegistryDep, settings: SettingsDep
+) -> Response:
+    """Continue a conversation, written as the model's chat template says."""
+    return await _respond(request, registry, body, ChatShape(), partial(_plan_chat, body, settings.max_choices))
+
+
+@router.get("/models", response_model=ModelList)
+async def list_models(registry: RegistryDep) -> ModelList:
+    """List the served models."""
+    return ModelList(data=[_card(model) for model in registry.models()])
+
+
+@router.get("/models/{name:path}", response_model=ModelCard)
+async def read_model(name: str, registry: RegistryDep) -> ModelCard:
+    """Describe one served model."""
+    return _card(registry.get(name))
+
+
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(id=model.name, created=model.created, max_model_len=model.engine.info.max_model_len)
+
+
+Planner = Callable[[ServedModel, str], Plan]
+
+
+def _plan_completion(body: CompletionBody, max_choices: int, model: ServedModel, request_id: str) -> Plan:
+    return plan_completion(body, model, request_id, max_choices)
+
+
+def _plan_chat(body: ChatBody, max_choices: int, model: ServedModel, request_id: str) -> Plan:
+    return plan_chat(body, model, request_id, max_choices)
+
+
+async def _respond(
+    request: Request, registry: ModelRegistry, body: SamplingBody, shape: Shape, planner: Planner
+) -> Response:
+    """Answer one request: lease, plan, generate, and write the answer or its stream."""
+    answer_id = shape.id_prefix + uuid.uuid4().hex
+    async with AsyncExitStack() as held:
+        model = held.enter_context(registry.lease(body.model))
+        plan = await model.in_tokenizer_thread(partial(planner, model, answer_id))
+        answer = Answer(
+            shape=shape,
+            model=model,
+            id=answer_id,
+            prompt_tokens=plan.prompt_tokens,
+            num_choices=len(plan.requests),
+        )
+        events = await held.enter_async_context(aclosing(run_choices(model, plan.requests)))
+        if not body.stream:
+            whole = await _unless_disconnected(request, answer.whole(events))
+            return JSONResponse(whole) if whole is not None else Response(status_code=CLIENT_CLOSED_REQUEST)
+        primed = await _unless_disconnected(request, _prime(events))
+        if primed is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        chunks = answer.chunks(primed, includes_usage=body.includes_usage, repeats_usage=body.repeats_usage)
+        return EventStream(chunks, held.pop_all())
+    raise AssertionError  # the stack swallows nothing
+
+
+async def _prime(events: AsyncGenerator[ChoiceEvent, None]) -> AsyncGenerator[ChoiceEvent, None]:
+    """Wait for the first event, then return the whole stream, that one included."""
+    first = await anext(events)
+
+    async def whole() -> AsyncGenerator[ChoiceEvent, None]:
+        yield first
+        async for event in events:
+            yield event
+
+    return whole()
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Await `work`, but stop it and return None as soon as the client leaves."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    """Return when the client has closed the connection; the body is already read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

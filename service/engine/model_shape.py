@@ -1,0 +1,141 @@
+"""What the engine must know of a model before it can page its keys: asked of the model itself, not of its config.
+
+Config fields for head counts and sizes are named differently in every architecture. So a short forward runs with an
+attention function that records what each layer hands to it: shape and dtype of the keys, and whether it asks for
+something paged attention does not compute (a soft cap, sinks, a sliding window).
+
+A window or a rotary embedding that changes with length is exact as long as no sequence grows past it, so it becomes a
+limit on the context, with a note, and not a refusal.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from service.errors import EngineStartFailed
+
+_RECORDING = "onebit_recording"
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+PROBE_TOKENS = tuple(range(1, 13))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """Sizes of the keys and values, and how long a sequence may grow.
+
+    Attributes:
+        num_layers: attention layers.
+        num_kv_heads: key heads of each.
+        head_dim: size of a key and of a value.
+        dtype: of keys and values.
+        max_positions: longest sequence the model computes exactly; None when it does not say.
+        limited_by: what set max_positions, in words.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    max_positions: int | None
+    limited_by: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Call:
+    """What one layer handed to attention."""
+
+    layer: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    sliding_window: int | None
+    unsupported: tuple[str, ...]
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """Run a short forward and read the shape off it.
+
+    Raises:
+        EngineStartFailed: the model does not call AttentionInterface, its layers differ in shape, or they ask for
+            something paged attention does not compute.
+    """
+    calls = _record(model)
+    name = type(model).__name__
+    if not calls:
+        raise EngineStartFailed(
+            f"{name} does not compute attention through transformers' AttentionInterface, so its keys cannot be paged"
+        )
+    unsupported = sorted({feature for call in calls for feature in call.unsupported})
+    if unsupported:
+        raise EngineStartFailed(f"{name} asks attention for {', '.join(unsupported)}, which is not supported")
+    shapes = {(call.num_kv_heads, call.key_dim, call.value_dim, call.dtype) for call in calls}
+    if len(shapes) != 1 or calls[0].key_dim != calls[0].value_dim:
+        raise EngineStartFailed(f"{name} has attention layers of different shapes, which is not supported")
+    if sorted(call.layer for call in calls) != list(range(len(calls))):
+        raise EngineStartFailed(f"{name} does not number its attention layers 0, 1, 2, ...")
+    max_positions, limited_by = _longest(model, calls)
+    return ModelShape(
+        num_layers=len(calls),
+        num_kv_heads=calls[0].num_kv_heads,
+        head_dim=calls[0].key_dim,
+        dtype=calls[0].dtype,
+        max_positions=max_positions,
+        limited_by=limited_by,
+    )
+
+
+@torch.inference_mode()
+def _record(model: PreTrainedModel) -> list[_Call]:
+    """Return what each layer hands to attention in a forward of a few tokens."""
+    calls: list[_Call] = []
+
+    def recording(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, **options: object
+    ) -> tuple[Tensor, None]:
+        calls.append(_describe(module, key, value, options))
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return output.transpose(1, 2), None
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(_RECORDING, recording)
+    model.set_attn_implementation(_RECORDING)
+    model(input_ids=torch.tensor([PROBE_TOKENS], device=model.device), use_cache=False)
+    model.set_attn_implementation(before)
+    return calls
+
+
+def _describe(module: nn.Module, key: Tensor, value: Tensor, options: dict[str, object]) -> _Call:
+    window = options.get("sliding_window")
+    features = {"softcap": "a soft cap on scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
+    return _Call(
+        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        num_kv_heads=key.shape[1],
+        key_dim=key.shape[-1],
+        value_dim=value.shape[-1],
+        dtype=key.dtype,
+        sliding_window=window if isinstance(window, int) else None,
+        unsupported=tuple(words for name, words in features.items() if options.get(name) is not None),
+    )
+
+
+def _longest(model: PreTrainedModel, calls: list[_Call]) -> tuple[int | None, str]:
+    """Return the longest sequence the model computes exactly, and what limits it."""
+    config = model.config.get_text_config()
+    limits: list[tuple[int, str]] = []
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        limits.append((int(positions), "the model's max_position_embeddings"))
+    limits += [
+        (call.sliding_window, "the model's sliding attention window")
+        for call in calls
+        if call.sliding_window is not None
+    ]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+        trained = rope.get("original_max_position_embeddings") or positions
+        limits += [(int(trained), "the length up to which the rotary embedding is fixed")] if trained else []
+    return min(limits) if limits else (None, "")

@@ -1,0 +1,128 @@
+"""One forward of a mixed batch through transformers' own model code.
+
+    step's chunks -> build_batch -> model(input_ids [1, T], position_ids, paged=...) -> logits of the rows that draw
+
+The model sees one row of T tokens from many sequences; only attention knows where one ends and the next begins.
+Before the first request, and after any step that failed, `self_check` runs a few tokens through the paged path in every
+shape it has (first chunk, later chunk, single tokens) and compares with the logits of the untouched model, so an
+architecture that would be computed wrongly is refused at the start, and a broken device is noticed at once.
+"""
+
+import inspect
+from array import array
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from service.engine.attention import PAGED_ATTENTION, PagedStep, register
+from service.engine.batch import Batch, build_batch
+from service.engine.capacity import Capacity, plan_capacity
+from service.engine.kv_cache import KVCache
+from service.engine.model_shape import PROBE_TOKENS, model_shape
+from service.engine.scheduler import Chunk
+from service.engine.sequence import Sequence
+from service.engine.types import EngineConfig, GenerationRequest, SamplingParams
+from service.errors import EngineStartFailed
+
+CHECK_CHUNKS = (7, 3, 1, 1)  # lengths: a first chunk, a later chunk, two single tokens
+CHECK_TOLERANCE = 0.1  # relative; bfloat16 noise is near 0.02, a wrong attention near 1
+
+
+class Runner:
+    """A loaded model, its KV cache, and the forward that joins them."""
+
+    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+        shape = model_shape(model)
+        self.capacity: Capacity = plan_capacity(shape, config)
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = shape.dtype
+        self._model = model
+        self._page_size = config.page_size
+        self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._check_pages = -(-len(PROBE_TOKENS) // config.page_size)
+        self._expected_CV = self._plain_logits()
+        self._cache = KVCache(
+            num_layers=shape.num_layers,
+            num_pages=self.capacity.num_pages + self._check_pages,  # the last ones are the self check's own
+            page_size=config.page_size,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            device=model.device,
+        )
+        register()
+        model.set_attn_implementation(PAGED_ATTENTION)
+        self.self_check()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of parameters, buffers and KV cache."""
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()) + self._cache.num_bytes
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it: the rows of the embedding."""
+        return int(self._model.config.get_text_config().vocab_size)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion, by the model's generation_config."""
+        eos = self._model.generation_config.eos_token_id if self._model.generation_config else None
+        return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+    def prepare(self, chunks: list[Chunk]) -> Batch:
+        """Build the tensors of one step."""
+        return build_batch(chunks, page_size=self._page_size, dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Compute the batch: write its keys and values, and return the drawing rows' logits [R, V]."""
+        if batch.fresh_pages_P is not None:
+            self._cache.clear(batch.fresh_pages_P)
+        step = PagedStep(cache=self._cache, batch=batch)
+        rows = {"logits_to_keep": batch.drawing_rows_R} if self._takes_rows else {}
+        logits_RV: Tensor = self._model(
+            input_ids=batch.input_ids_1T,
+            position_ids=batch.position_ids_1T,
+            use_cache=False,
+            paged=step,
+            **rows,
+        ).logits[0]
+        return logits_RV if self._takes_rows else logits_RV[batch.drawing_rows_R]
+
+    def self_check(self) -> None:
+        """Compute a few tokens through the paged path and compare with the untouched model.
+
+        Raises:
+            EngineStartFailed: the logits differ.
+        """
+        first_page = self.capacity.num_pages + 1
+        request = GenerationRequest(
+            request_id="self-check", prompt_token_ids=PROBE_TOKENS, sampling=SamplingParams(max_tokens=1)
+        )
+        sequence = Sequence(request=request, seed=0, tokens=list(PROBE_TOKENS))
+        start = 0
+        for length, expected_V in zip(CHECK_CHUNKS, self._expected_CV, strict=True):
+            pages = -(-(start + length) // self._page_size)
+            sequence.page_table = array("q", range(first_page, first_page + pages))
+            chunk = Chunk(sequence=sequence, start=start, length=length, draws=True)
+            self._compare(self.forward(self.prepare([chunk]))[0].float(), expected_V)
+            start += length
+
+    def _compare(self, actual_V: Tensor, expected_V: Tensor) -> None:
+        error = ((actual_V - expected_V).norm() / expected_V.norm()).item()
+        if not error < CHECK_TOLERANCE:  # a NaN must not pass
+            raise EngineStartFailed(
+                f"{type(self._model).__name__} fails the engine's self check: logits over paged attention differ from "
+                f"the model's own by {error:.1%}; this architecture cannot be served"
+            )
+
+    @torch.inference_mode()
+    def _plain_logits(self) -> Tensor:
+        """Return the untouched model's logits [C, V] at the end of every chunk of the self check."""
+        ids_1T = torch.tensor([PROBE_TOKENS], device=self.device)
+        logits_TV: Tensor = self._model(input_ids=ids_1T, use_cache=False).logits[0].float()
+        ends = torch.tensor(CHECK_CHUNKS, device=self.device).cumsum(0) - 1
+        return logits_TV[ends]

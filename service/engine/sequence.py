@@ -1,0 +1,52 @@
+"""One growing list of tokens, and how far it has been computed. Data only; `scheduler` changes it."""
+
+from array import array
+from dataclasses import dataclass, field
+from time import monotonic
+
+from service.engine.types import GenerationRequest
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Sequence:
+    """A request inside the engine.
+
+        tokens     | prompt ............ | generated ....... |
+        computed   |<- num_computed -------------->|           (its keys and values lie in the pages)
+
+    The computed tokens chase the tokens. When they have caught up, the last one's logits give the next token, which
+    puts the tokens one ahead again. A preempted sequence falls back to num_computed = 0 and chases anew; it never draws
+    a token twice.
+
+    Attributes:
+        request: what was asked for.
+        seed: of its draws: the request's own, or one from the system.
+        tokens: prompt and generated tokens.
+        num_computed: how many of them have keys and values in the cache.
+        page_table: pages in order of position, as int64 so that a tensor can be made of it in one copy.
+        arrived: clock at arrival, in seconds.
+        started: clock at the first step; None while waiting for it.
+    """
+
+    request: GenerationRequest
+    seed: int
+    tokens: list[int]
+    num_computed: int = 0
+    page_table: "array[int]" = field(default_factory=lambda: array("q"))
+    arrived: float = field(default_factory=monotonic)
+    started: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that were given."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens that were drawn."""
+        return len(self.tokens) - self.num_prompt_tokens

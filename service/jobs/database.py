@@ -1,0 +1,35 @@
+"""What client and worker must agree on when they meet in the database.
+
+The serializer is JSON, because DBOS' default is pickle, which would let whoever can write the database run code here.
+The application version is a constant, because DBOS' default is a hash of the workflow's source, which would strand
+every waiting job at the next release; raise it only when a job of the old version cannot be run by the new code.
+"""
+
+import logging
+
+from dbos import DBOSPortableJSONSerializer
+
+from service.log import adopt_logger
+
+APPLICATION = "onebit"
+APPLICATION_VERSION = "jobs-1"
+QUEUE = "quantize"
+WORKFLOW = "compress_model"
+PROGRESS_EVENT = "progress"
+SERIALIZER = DBOSPortableJSONSerializer()
+POLLING_SECONDS = 0.5
+
+EXPECTED_ENDS = ("JobFailed", "DBOSAwaitedWorkflowCancelledError", "DBOSWorkflowCancelledError", "CancelledError")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop DBOS' tracebacks of jobs that failed or were cancelled in the ordinary way; their state tells it."""
+    kind = record.exc_info[0] if record.exc_info else None
+    cancelled = "was cancelled during execution" in record.getMessage() or "Aborting preemptible" in record.getMessage()
+    return not cancelled and (kind is None or kind.__name__ not in EXPECTED_ENDS)
+
+
+def adopt_dbos_logger() -> None:
+    """Send DBOS' log through our handlers instead of its own."""
+    adopt_logger("dbos")
+    logging.getLogger("dbos").filters[:] = [_is_news]

@@ -1,0 +1,109 @@
+"""What runs as long as the server: engines, jobs, the watcher between them. Started in order, stopped in reverse.
+
+The port is open before the models are loaded, so probes get an answer: alive, not ready. A model that cannot be loaded
+at start ends the server through `on_start_failure`.
+
+Stopping has a deadline. From SIGTERM on the server is not ready and takes nothing new; running requests may finish
+until `drain_seconds` have passed, then the engines stop, which ends each open stream with an error event. Then
+uvicorn closes connections and `stop_everything` does the rest.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from onebit_core.errors import OnebitError
+from service.errors import JobsUnavailable, ServiceError
+from service.jobs.client import JobClient
+from service.jobs.loader import load_finished_jobs
+from service.jobs.supervisor import WorkerSupervisor
+from service.registry.registry import ModelRegistry
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Lifespan:
+    """The long-lived parts of one server.
+
+    Attributes:
+        jobs: the jobs' client; None where there are no jobs.
+        on_start_failure: called with one sentence when a model cannot be loaded at start, or jobs cannot be kept.
+    """
+
+    def __init__(self, settings: Settings, registry: ModelRegistry) -> None:
+        self.jobs: JobClient | None = None
+        self.on_start_failure: Callable[[str], None] = _only_log
+        self._settings = settings
+        self._registry = registry
+        self._worker: WorkerSupervisor | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        folder, database_url = settings.jobs_folder, settings.database_url
+        if folder is not None and database_url is not None:
+            self._worker = WorkerSupervisor(database_url, folder, settings.log_level)
+            self.jobs = JobClient(database_url, self._last_heartbeat)
+
+    def _last_heartbeat(self) -> float:
+        return self._worker.last_heartbeat if self._worker is not None else 0.0
+
+    @asynccontextmanager
+    async def run(self, _app: object) -> AsyncIterator[None]:
+        """Start everything, serve, stop everything; the application's lifespan."""
+        await self._start()
+        try:
+            yield
+        finally:
+            await self._stop()
+
+    async def _start(self) -> None:
+        self._tasks.append(asyncio.create_task(self._load_models(), name="load-models"))
+        if self.jobs is not None and self._worker is not None:
+            await self._start_jobs(self.jobs, self._worker)
+
+    async def _start_jobs(self, jobs: JobClient, worker: WorkerSupervisor) -> None:
+        """Open the jobs' database, start the worker, and watch for what it makes."""
+        assert self._settings.jobs_folder is not None
+        try:
+            self._settings.jobs_folder.mkdir(parents=True, exist_ok=True)
+            await jobs.start()
+        except (OSError, JobsUnavailable) as error:
+            self.on_start_failure(f"jobs cannot be kept in {self._settings.jobs_folder}: {error}")
+            return
+        worker.start()
+        watcher = load_finished_jobs(jobs, self._registry.load)
+        self._tasks.append(asyncio.create_task(watcher, name="load-finished-jobs"))
+
+    async def _load_models(self) -> None:
+        """Load the models named at start; a server without one of them is of no use."""
+        try:
+            await self._registry.load_initial(self._settings.artifacts)
+        except (OnebitError, ServiceError) as error:
+            self.on_start_failure(str(error))
+
+    def drain(self) -> None:
+        """Take nothing new from now on, and end what runs when its time is over."""
+        self._registry.close()
+        seconds = self._settings.shutdown_grace_seconds - self._settings.tail_seconds
+        self._tasks.append(asyncio.get_running_loop().create_task(self._end_requests(seconds), name="drain"))
+
+    async def _end_requests(self, drain_seconds: float) -> None:
+        await asyncio.sleep(drain_seconds)
+        logger.warning("requests still run at the end of the grace period; ending them")
+        await self._registry.stop()
+
+    async def _stop(self) -> None:
+        """Stop in the reverse order of starting."""
+        self._registry.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._worker is not None:
+            await self._worker.stop(self._settings.tail_seconds)
+        if self.jobs is not None:
+            await self.jobs.stop()
+        await self._registry.stop()
+
+
+def _only_log(message: str) -> None:
+    logger.error("the server cannot do its work: %s", message)

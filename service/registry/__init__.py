@@ -1,0 +1,1 @@
+"""Which artifacts are served, under which names, and who holds them."""

@@ -1,0 +1,87 @@
+"""A model being served: its artifact, its tokenizer, its engine.
+
+`generate` is the one door to the engine. It measures every sequence on the way, and turns an event that says a sequence
+failed into an exception, so that whoever reads the stream sees tokens, an end, or a ServiceError.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onebit_core.artifact.manifest import Manifest, Report
+from service.engine.client import EngineClient
+from service.engine.types import FinishReason, GenerationRequest, TokenEvent
+from service.errors import EngineBusy, EngineDead, GenerationFailed, ShuttingDown
+from service.metrics import EngineMetrics
+from service.registry.watch import SequenceWatch
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class ServedModel:
+    """One loaded artifact.
+
+    Attributes:
+        name: what requests call it.
+        path: the artifact's folder.
+        created: when it was loaded, Unix seconds.
+        tokenizer: transformers' tokenizer of the artifact; used only through `in_tokenizer_thread`.
+    """
+
+    name: str
+    path: Path
+    manifest: Manifest
+    report: Report
+    tokenizer: Any
+    engine: EngineClient
+    metrics: EngineMetrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+
+    async def in_tokenizer_thread(self, work: Callable[[], T]) -> T:
+        """Run tokenizer work off the event loop; one thread per model, because tokenizers are not all reentrant."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Stream one sequence; leaving early aborts it.
+
+        Raises:
+            EngineBusy: the queue is full.
+            EngineDead: the engine process died.
+            GenerationFailed: this sequence failed.
+            ShuttingDown: the engine ended it because it stops.
+        """
+        watch = SequenceWatch(self.metrics, self.name)
+        try:
+            async with aclosing(self.engine.generate(request)) as events:
+                async for event in events:
+                    watch.see(event)
+                    _raise_if_failed(event)
+                    yield event
+        except EngineBusy:
+            watch.reject()
+            raise
+        except EngineDead:
+            watch.fail()
+            raise
+        finally:
+            watch.close()
+
+    async def stop(self) -> None:
+        """Stop engine and tokenizer thread."""
+        await self.engine.stop()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _raise_if_failed(event: TokenEvent) -> None:
+    """Turn an end that is not the caller's doing into an exception."""
+    if event.finish_reason is FinishReason.ERROR:
+        raise GenerationFailed(event.error or "the engine could not finish this sequence")
+    if event.finish_reason is FinishReason.ABORT:
+        raise ShuttingDown("the sequence was ended by the server")

@@ -1,0 +1,233 @@
+"""Every setting of the server: one class, from flags, then environment variables, then defaults.
+
+A flag `--max-queued-requests 64` and the variable `ONEBIT_MAX_QUEUED_REQUESTS=64` mean the same; the flag wins. Lists
+are repeated flags, or commas in a variable. A setting that cannot be meant is refused at start with one sentence,
+before any model is read. `python -m service.settings` prints docs/settings.md, and a test compares the two, so the
+page cannot fall behind this file.
+"""
+
+import ipaddress
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, NoDecode, SettingsConfigDict
+
+ENVIRONMENT_PREFIX = "ONEBIT_"
+LONGEST_TAIL_SECONDS = 5.0
+
+
+class Settings(BaseSettings):
+    """Serve quantized models with an OpenAI-compatible API."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        cli_prog_name="onebit-serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        extra="forbid",
+        frozen=True,
+    )
+
+    artifacts: Annotated[CliPositionalArg[list[str]], NoDecode] = Field(
+        default=[], description="Artifact folders to load at start. Each is served under its manifest's name."
+    )
+    artifact_root: Path | None = Field(
+        default=None,
+        description="Folder where jobs write artifacts and from which the admin API may load them. "
+        "Without it there are no jobs and nothing can be loaded later.",
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address to listen on. Anything but loopback needs keys_file: without keys everybody is admin.",
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one and logs it.")
+    keys_file: Path | None = Field(
+        default=None,
+        description="JSON file of hashed API keys (`onebit-serve keys add`). Re-read when it changes.",
+    )
+    device: str = Field(default="auto", description="Where models run: auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Type of activations and KV cache; auto is float32 on CPU and bfloat16 on CUDA.",
+    )
+    backend: str = Field(
+        default="auto",
+        description="How packed layers compute: reference unpacks at every call (least memory), "
+        "dense unpacks once at load (fast, memory of the original).",
+    )
+    page_size: int = Field(default=16, ge=1, le=1024, description="Token positions in one page of KV cache.")
+    kv_cache_bytes: int = Field(
+        default=1 << 30,
+        ge=1 << 16,
+        description="Bytes of KV cache for each model. Decides how many tokens may be in flight together.",
+    )
+    max_num_sequences: int = Field(
+        default=64, ge=1, description="Sequences in one step of the engine; more wait in the queue."
+    )
+    max_batched_tokens: int = Field(
+        default=1024,
+        ge=1,
+        description="Tokens in one step of the engine; a longer prompt is read in several steps.",
+    )
+    max_queued_requests: int = Field(
+        default=256,
+        ge=1,
+        description="Sequences that may wait in the engine of a model; beyond it the answer is 429.",
+    )
+    max_model_len: int | None = Field(
+        default=None,
+        ge=2,
+        description="Longest prompt plus completion, in tokens; by default what the model was made for.",
+    )
+    max_body_bytes: int = Field(default=4 << 20, ge=1024, description="Largest request body; beyond it 413.")
+    max_choices: int = Field(
+        default=128, ge=1, description="Largest number of completions in one request: prompts times n."
+    )
+    jobs_enabled: bool = Field(default=True, description="Whether compression jobs can be launched over HTTP.")
+    jobs_database_url: str | None = Field(
+        default=None,
+        description="Where jobs are recorded: sqlite:///FILE or postgresql://...; "
+        "by default jobs.db under ARTIFACT_ROOT/.jobs. SQLite must not lie on a network drive.",
+    )
+    job_sources: Annotated[list[Path], NoDecode] = Field(
+        default=[], description="Folders from which jobs may read models and texts, besides artifact_root."
+    )
+    allow_hub: bool = Field(default=False, description="Whether jobs may name models by hub id (downloads).")
+    shutdown_grace_seconds: float = Field(
+        default=30.0,
+        ge=1.0,
+        description="Seconds from SIGTERM to exit. Running requests get all but the last fifth, at most 5 seconds, "
+        "of them; then streams end with an error event.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level of log lines. Lines are JSON on standard error."
+    )
+
+    @field_validator("artifacts", "job_sources", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        """Take `a,b` from an environment variable as a list of two."""
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        """Refuse settings that are each fine but dangerous or pointless together."""
+        if self.keys_file is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, so keys_file is required; "
+                "make one with `onebit-serve keys add` or listen on 127.0.0.1"
+            )
+        if not self.artifacts and self.artifact_root is None:
+            raise ValueError("nothing to serve: name at least one artifact folder, or set artifact_root")
+        return self
+
+    @property
+    def tail_seconds(self) -> float:
+        """How much of the grace period is kept for stopping engines and worker: a fifth, at most 5 seconds."""
+        return min(LONGEST_TAIL_SECONDS, self.shutdown_grace_seconds / 5)
+
+    @property
+    def jobs_folder(self) -> Path | None:
+        """Where jobs keep their database, configurations and finished blocks; None when there are no jobs."""
+        if not self.jobs_enabled or self.artifact_root is None:
+            return None
+        return self.artifact_root.resolve() / ".jobs"
+
+    @property
+    def database_url(self) -> str | None:
+        """The jobs' database, as SQLAlchemy writes it; None when there are no jobs."""
+        if self.jobs_folder is None:
+            return None
+        return self.jobs_database_url or f"sqlite:///{self.jobs_folder / 'jobs.db'}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_settings(arguments: list[str]) -> Settings:
+    """Read the settings from flags and environment.
+
+    Args:
+        arguments: the command line, without the program's name.
+
+    Raises:
+        SystemExit: an unknown flag (code 2) or --help (code 0).
+        ValueError: a value that cannot be meant; the text is one sentence.
+    """
+    try:
+        return CliApp.run(Settings, cli_args=arguments)
+    except ValidationError as error:
+        raise ValueError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """Turn pydantic's first complaint into one line that names the flag."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    return f"{_flag(str(first['loc'][0]))}: {message[0].lower()}{message[1:]}"
+
+
+def _flag(name: str) -> str:
+    return "artifacts" if name == "artifacts" else "--" + name.replace("_", "-")
+
+
+def settings_page() -> str:
+    """Return docs/settings.md."""
+    rows = [_row(name, field) for name, field in Settings.model_fields.items()]
+    return "\n".join(
+        [
+            "# Settings of onebit-serve",
+            "",
+            "<!-- Printed by `python -m service.settings`; edit service/settings.py instead. -->",
+            "",
+            "Flags win over environment variables, variables over defaults. A list is a repeated flag, or commas in a",
+            "variable. Bytes and seconds are plain numbers.",
+            "",
+            "| flag | variable | type | default | meaning |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    flag = "`ARTIFACT ...`" if name == "artifacts" else f"`{_flag(name)}`"
+    default = "none" if field.default in (None, []) else f"`{field.default}`"
+    return (
+        f"| {flag} | `{ENVIRONMENT_PREFIX}{name.upper()}` | {_type_name(field.annotation)} | {default} "
+        f"| {field.description} |"
+    )
+
+
+def _type_name(annotation: Any) -> str:
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
+    if "Literal[" in text:
+        return text[text.index("[") + 1 : text.rindex("]")].replace("'", "").replace(", ", " \\| ")
+    names = {
+        "Path | None": "path",
+        "Path]": "list of paths",
+        "str]": "list of paths",
+        "int | None": "int",
+        "str | None": "str",
+    }
+    return next((name for ending, name in names.items() if text.endswith(ending)), text)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(settings_page())
