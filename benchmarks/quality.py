@@ -56,6 +56,14 @@ class Row:
 ROWS = (
     *(Row(name=f"rtn-{bits}b", method="rtn", settings={"bits": bits, "group_size": 64}) for bits in (4, 3, 2)),
     *(Row(name=f"gptq-{bits}b", method="gptq", settings={"bits": bits, "group_size": 64}) for bits in (4, 3, 2)),
+    *(
+        Row(
+            name=f"gptq-{bits}b-plain",
+            method="gptq",
+            settings={"bits": bits, "group_size": 64, "act_order": False, "search": False},
+        )
+        for bits in (4, 3)
+    ),
     Row(name="svid", method="svid"),
     *(
         Row(name=f"pb_llm-{100 * ratio:.0f}", method="pb_llm", settings={"ratio": ratio, "metric": "hessian"})

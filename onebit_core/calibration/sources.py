@@ -75,9 +75,5 @@ def _builtin(source: str) -> str:
     from pydoc_data import topics
 
     heldout = source == BUILTIN_HELDOUT
-    chosen = [
-        text
-        for index, (_, text) in enumerate(sorted(topics.topics.items()))
-        if (index % HELDOUT_TOPICS == 0) == heldout
-    ]
-    return "\n\n".join(chosen)
+    texts = list(dict.fromkeys(text for _, text in sorted(topics.topics.items())))  # some topics share a text
+    return "\n\n".join(text for index, text in enumerate(texts) if (index % HELDOUT_TOPICS == 0) == heldout)

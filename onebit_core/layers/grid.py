@@ -42,10 +42,13 @@ class Grid(NamedTuple):
         return (codes_OK - self.zero_O[:, None]) * self.scale_O[:, None]
 
 
-def min_max_grid(weight_OK: Tensor, bits: int, shrink: float = 1.0) -> Grid:
-    """Fit a grid to the range of each row, times `shrink`."""
-    low_O = weight_OK.amin(1).clamp(max=0) * shrink
-    high_O = weight_OK.amax(1).clamp(min=0) * shrink
+def min_max_grid(weight_OK: Tensor, bits: int) -> Grid:
+    """Fit a grid to the range of each row, which always holds zero."""
+    return _grid_of_range(weight_OK.amin(1).clamp(max=0), weight_OK.amax(1).clamp(min=0), bits)
+
+
+def _grid_of_range(low_O: Tensor, high_O: Tensor, bits: int) -> Grid:
+    """Return the grid whose ends are low <= 0 <= high."""
     step_O = (high_O - low_O) / (2**bits - 1)
     scale_O = round_to_float16(step_O.clamp(min=torch.finfo(torch.float16).tiny))  # it divides
     zero_O = torch.round(-low_O / scale_O).clamp_(0, 2**bits - 1)
@@ -60,10 +63,11 @@ def best_grid(weight_OK: Tensor, bits: int, column_weight_K: Tensor | None) -> G
         bits: 1 to 8.
         column_weight_K: importance of each column, or None for equal.
     """
-    best = min_max_grid(weight_OK, bits)
+    low_O, high_O = weight_OK.amin(1).clamp(max=0), weight_OK.amax(1).clamp(min=0)
+    best = _grid_of_range(low_O, high_O, bits)
     best_error_O = torch.full_like(best.scale_O, torch.inf)
     for shrink in SHRINK_STEPS:
-        grid = min_max_grid(weight_OK, bits, shrink)
+        grid = _grid_of_range(low_O * shrink, high_O * shrink, bits)
         error_OK = (grid.dequantize(grid.quantize(weight_OK)) - weight_OK).square_()
         error_O = error_OK.sum(1) if column_weight_K is None else error_OK @ column_weight_K
         better_O = error_O < best_error_O

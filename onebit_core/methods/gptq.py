@@ -37,8 +37,8 @@ class GptqConfig(StrictConfig):
 
     bits: int = 4
     group_size: int = 64
-    act_order: bool = False
-    search: bool = False
+    act_order: bool = True
+    search: bool = True
     damping: float = 0.01
 
     def __post_init__(self) -> None:

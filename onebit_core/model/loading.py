@@ -11,12 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from onebit_core.errors import ModelNotFound, UnsupportedModel
+from onebit_core.errors import ModelNotFound, NotEnoughMemory, UnsupportedModel
 from onebit_core.model.blocks import BlockLayout, blocks_of, layout_of
 from onebit_core.model.gguf import convert_gguf
 from onebit_core.model.weights import WeightStore
@@ -191,11 +192,21 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def build_skeleton(config: Any) -> PreTrainedModel:
-    """Build a model whose parameters are on the meta device and whose buffers are real, in eval mode."""
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-        )
+    """Build a model whose parameters are on the meta device and whose buffers are real, in eval mode.
+
+    Raises:
+        NotEnoughMemory: a single weight is larger than the machine's memory.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        total = psutil.virtual_memory().total / 2**30
+        raise NotEnoughMemory(f"a single weight of the model is larger than this machine's {total:.0f} GiB") from error
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model

@@ -5,6 +5,7 @@ what the already quantized prefix really delivers. In memory are at any time: on
 the calibration samples, and the packed layers.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -66,8 +67,9 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
     for index in range(plan.num_blocks):
         result = _finish_block(original, plan, config, (index, captured, folder), device)
         for name, (layer, report) in result.items():
-            layers[f"{original.layout.blocks}.{index}.{name}"] = layer
-            reports.append(report)
+            path = f"{original.layout.blocks}.{index}.{name}"
+            layers[path] = layer
+            reports.append(dataclasses.replace(report, name=path))
         error = _mean_error([report for _, report in result.values()])
         watch.report("quantize", index + 1, plan.num_blocks, block=index, relative_error=error)
 
