@@ -5,13 +5,14 @@ at start ends the server through `on_start_failure`.
 
 Stopping has a deadline. From SIGTERM on the server is not ready and takes nothing new; running requests may finish
 until `drain_seconds` have passed, then the engines stop, which ends each open stream with an error event. Then
-uvicorn closes connections and `stop_everything` does the rest.
+uvicorn closes connections and `_stop` does the rest.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 from onebit_core.errors import OnebitError
 from service.errors import JobsUnavailable, ServiceError
@@ -29,7 +30,8 @@ class Lifespan:
 
     Attributes:
         jobs: the jobs' client; None where there are no jobs.
-        on_start_failure: called with one sentence when a model cannot be loaded at start, or jobs cannot be kept.
+        on_start_failure: called with one sentence when a model cannot be loaded at start, jobs cannot be kept, or what
+            runs beside the server has died of a bug.
     """
 
     def __init__(self, settings: Settings, registry: ModelRegistry) -> None:
@@ -57,7 +59,7 @@ class Lifespan:
             await self._stop()
 
     async def _start(self) -> None:
-        self._tasks.append(asyncio.create_task(self._load_models(), name="load-models"))
+        self._run_beside(self._load_models(), "load-models")
         if self.jobs is not None and self._worker is not None:
             await self._start_jobs(self.jobs, self._worker)
 
@@ -67,12 +69,15 @@ class Lifespan:
         try:
             self._settings.jobs_folder.mkdir(parents=True, exist_ok=True)
             await jobs.start()
-        except (OSError, JobsUnavailable) as error:
+        except OSError as error:
             self.on_start_failure(f"jobs cannot be kept in {self._settings.jobs_folder}: {error}")
+            return
+        except JobsUnavailable as error:
+            self.on_start_failure(f"jobs cannot be recorded: {error}; the log says why (--jobs-database-url)")
             return
         worker.start()
         watcher = load_finished_jobs(jobs, self._registry.load)
-        self._tasks.append(asyncio.create_task(watcher, name="load-finished-jobs"))
+        self._run_beside(watcher, "load-finished-jobs")
 
     async def _load_models(self) -> None:
         """Load the models named at start; a server without one of them is of no use."""
@@ -85,7 +90,19 @@ class Lifespan:
         """Take nothing new from now on, and end what runs when its time is over."""
         self._registry.close()
         seconds = self._settings.shutdown_grace_seconds - self._settings.tail_seconds
-        self._tasks.append(asyncio.get_running_loop().create_task(self._end_requests(seconds), name="drain"))
+        self._run_beside(self._end_requests(seconds), "drain")
+
+    def _run_beside(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run until the server stops; a bug in it ends the server, which would wait for it in vain."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        task.add_done_callback(self._see_end)
+        self._tasks.append(task)
+
+    def _see_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        logger.error("%s failed", task.get_name(), exc_info=error)
+        self.on_start_failure(f"{task.get_name()} failed: {type(error).__name__}: {error}")
 
     async def _end_requests(self, drain_seconds: float) -> None:
         await asyncio.sleep(drain_seconds)

@@ -49,7 +49,9 @@ class Settings(BaseSettings):
         default=None,
         description="JSON file of hashed API keys (`onebit-serve keys add`). Re-read when it changes.",
     )
-    device: str = Field(default="auto", description="Where models run: auto, cpu, cuda or cuda:N.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where models run: auto, cpu, cuda or cuda:N."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Type of activations and KV cache; auto is float32 on CPU and bfloat16 on CUDA.",

@@ -144,7 +144,9 @@ def _collect(
             tensors[name] = tensor
             parts["embedding"] += tensor.nbytes
     for path, layer in layers.items():
-        for name, part, tensor in layer.stored_tensors():
+        for name, part, stored in layer.stored_tensors():
+            unquantized = name == "bias"
+            tensor = original.store.tensor(original.stored_name(f"{path}.bias")) if unquantized else stored
             tensors[f"{path}.{name}"] = tensor.contiguous().cpu()
             parts["embedding" if path in embedding_prefixes else part] += tensor.nbytes
     tied = set(original.model.all_tied_weights_keys)
@@ -182,7 +184,7 @@ def _quantize_embedding(original: OriginalModel, layers: dict[str, QuantizedLine
         codes = grid.quantize(head_VD).to(torch.int32)
         layer = GroupedIntLinear.from_codes(codes, grid.scale_O[:, None], grid.zero_O[:, None].to(torch.int32), 8)
         if head.bias is not None:
-            layer.set_bias(original.store.tensor(original.stored_name(f"{head_name}.bias")))
+            layer.set_bias(torch.empty(layer.out_features))  # read from the original's file with the others
         layers[head_name] = layer
     swap_embedding(model)
     filled = QuantizedEmbedding(*weight_VD.shape)

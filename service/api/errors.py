@@ -162,7 +162,8 @@ def describe_complaint(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str, s
             return "invalid_json", "the body must be a JSON object with content type application/json", None
         case "missing":
             return "missing_required_parameter", f"{param} is required", param
-        case "extra_forbidden":
+        case "extra_forbidden":  # its name is the caller's, and may look like one of pydantic's
+            param = ".".join(str(part) for part in first["loc"][1:])[:MAX_FIELD_CHARACTERS]
             return "unknown_parameter", f"{param} is not a parameter of this endpoint", param
         case "unsupported_parameter":
             return "unsupported_parameter", message, param

@@ -148,7 +148,7 @@ class EngineClient:
             elif self.is_alive:
                 self._engine_ended(code)
 
-        self._link = link = EngineLink(self.config, on_message=on_message, on_exit=on_exit)
+        self._link = link = _open_link(self.config, on_message, on_exit)
         try:
             info = await started
         except BaseException:
@@ -219,6 +219,16 @@ class EngineClient:
         while self.is_alive and monotonic() - born < STABLE_SECONDS:
             await asyncio.sleep(0.1)
         return self.is_alive
+
+
+def _open_link(
+    config: EngineConfig, on_message: Callable[[FromEngine], None], on_exit: Callable[[int], None]
+) -> EngineLink:
+    """Start a process; too little memory, or too many processes and files, is a failed start like any other."""
+    try:
+        return EngineLink(config, on_message=on_message, on_exit=on_exit)
+    except OSError as error:
+        raise EngineStartFailed(f"no process for the engine can be started: {error}") from None
 
 
 def _resolve(started: "asyncio.Future[EngineInfo]", message: Started | StartFailed) -> None:

@@ -8,7 +8,7 @@
 
 One of the project's three catch-all edges is here: whatever a step raises fails the sequences of that step, frees
 their pages, and the loop goes on, if the runner's self check finds the device still in order. If not, the process ends
-and the server starts another. A row that is not finite fails only its own sequence.
+and the server starts another. A row that is not finite, or a token without text, fails only its own sequence.
 """
 
 import logging
@@ -30,6 +30,7 @@ from service.engine.types import EngineConfig, EngineStats, FinishReason, Genera
 log = logging.getLogger(__name__)
 
 NOT_FINITE = "the model's logits for this sequence are not finite (NaN or infinity)"
+NOT_DECODED = "the tokenizer cannot turn a token of this sequence into text"
 
 
 class EngineLoop:
@@ -99,12 +100,18 @@ class EngineLoop:
             seed=secrets.randbits(63) if seed is None else seed,
             tokens=list(request.prompt_token_ids),
         )
-        self._completions[request.request_id] = Completion(
-            sequence,
-            decode=self._decode,
-            eos_token_ids=self._eos,
-            max_model_len=self._runner.capacity.max_model_len,
-        )
+        try:
+            self._completions[request.request_id] = Completion(
+                sequence,
+                decode=self._decode,
+                eos_token_ids=self._eos,
+                max_model_len=self._runner.capacity.max_model_len,
+            )
+        except Exception:  # a tokenizer that cannot decode this prompt can decode the others
+            log.exception("a prompt cannot be decoded")
+            self._emit(sequence, text="", token_ids=(), finish_reason=FinishReason.ERROR, error=NOT_DECODED)
+            self._report(iteration_tokens=0)
+            return
         self._scheduler.add(sequence)
 
     def _abort(self, request_ids: list[str]) -> None:
@@ -140,7 +147,12 @@ class EngineLoop:
 
     def _deliver(self, sequence: Sequence, token: int) -> None:
         """Turn one drawn token into an event, and free the sequence if it was the last."""
-        advance = self._completions[sequence.request_id].advance(token)
+        try:
+            advance = self._completions[sequence.request_id].advance(token)
+        except Exception:  # the neighbours of the step have their own text
+            log.exception("a token cannot be decoded")
+            self._end(sequence, FinishReason.ERROR, error=NOT_DECODED)
+            return
         if advance.finish_reason is not None:
             self._forget(sequence)
         self._emit(sequence, text=advance.text, token_ids=(token,), finish_reason=advance.finish_reason)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_LISTED = 1000
+JOB_ID = re.compile(r"job-[0-9a-f]{32}")
 
 # Attributes we keep on a workflow.
 LOADED = "loaded"
@@ -113,10 +115,11 @@ class JobClient:
 
     def _read(self, job_id: str) -> Job:
         try:
-            status = self._connected.retrieve_workflow(job_id).get_status()
+            if JOB_ID.fullmatch(job_id):
+                return self._job(self._connected.retrieve_workflow(job_id).get_status())
         except dbos_error.DBOSNonExistentWorkflowError:
-            raise JobNotFound(f"there is no job {job_id[:64]!r}") from None
-        return self._job(status)
+            pass
+        raise JobNotFound(f"there is no job {job_id[:64]!r}")
 
     async def list_jobs(self) -> list[Job]:
         """Look at all jobs, newest first.
@@ -164,19 +167,24 @@ class JobClient:
         """Bring the job gauges up to date; a database that does not answer leaves them as they are."""
         metrics.heartbeat.set(self._heartbeat())
         try:
-            jobs = await self.list_jobs()
+            counts, running = await self._in_thread(self._count)
         except JobsUnavailable:
             return
-        counts = Counter(job.state.value for job in jobs)
         for state in JOB_STATES:
             metrics.jobs.labels(state).set(counts[state])
         for gauge in (metrics.blocks, metrics.blocks_completed, metrics.last_progress):
             gauge.clear()
-        for job in jobs:
-            if job.state is JobState.RUNNING:
-                metrics.blocks.labels(job.id).set(job.progress.blocks)
-                metrics.blocks_completed.labels(job.id).set(job.progress.blocks_completed)
-                metrics.last_progress.labels(job.id).set(job.updated)
+        for job in running:
+            metrics.blocks.labels(job.id).set(job.progress.blocks)
+            metrics.blocks_completed.labels(job.id).set(job.progress.blocks_completed)
+            metrics.last_progress.labels(job.id).set(job.updated)
+
+    def _count(self) -> tuple[Counter[str], list[Job]]:
+        """Count jobs by state, and look closer at those that run; a scrape must not ask once for every old job."""
+        statuses = self._statuses()
+        states = [_state(status) for status in statuses]
+        pairs = zip(statuses, states, strict=True)
+        return Counter(states), [self._job(status) for status, state in pairs if state is JobState.RUNNING]
 
     @property
     def _connected(self) -> DBOSClient:
@@ -198,30 +206,32 @@ class JobClient:
             None if status.status == "ENQUEUED" else self._connected.get_event(status.workflow_id, PROGRESS_EVENT, 0)
         )
         progress = Progress(**(event or {}))
-        state, error = STATE_OF_DBOS[status.status], _error(status)
-        artifact = spec.artifact if progress.is_written else None
         if _awaits_load(status):
-            state = JobState.RUNNING
             progress = replace(progress, stage=SERVE_STAGE)
-        elif error is not None:
-            state = JobState.FAILED
         return Job(
             id=status.workflow_id,
-            state=state,
+            state=_state(status),
             method=spec.config["method"],
             model=spec.config["model"],
             name=spec.name,
             progress=progress,
             created=(status.created_at or 0) / 1000,
             updated=max((status.updated_at or 0) / 1000, progress.updated),
-            artifact=artifact,
-            error=error,
+            artifact=spec.artifact if progress.is_written else None,
+            error=_error(status),
         )
 
 
 def _spec(status: WorkflowStatus) -> JobSpec:
     assert status.input is not None
     return JobSpec.from_dict(status.input["args"][0])
+
+
+def _state(status: WorkflowStatus) -> JobState:
+    """Where the job stands: DBOS' word for it, except that a job is only done when its artifact is served."""
+    if _awaits_load(status):
+        return JobState.RUNNING
+    return STATE_OF_DBOS[status.status] if _error(status) is None else JobState.FAILED
 
 
 def _awaits_load(status: WorkflowStatus) -> bool:

@@ -39,4 +39,7 @@ async def _try(load: Load, artifact: Path, name: str) -> str | None:
     except (OnebitError, ServiceError) as error:
         logger.error("the artifact of a finished job cannot be served: %s", error)  # noqa: TRY400  (a sentence is enough)
         return str(error)
+    except Exception as error:  # whatever it is belongs to this job; others wait to be served
+        logger.exception("the artifact of a finished job cannot be served")
+        return f"{type(error).__name__}: {error}"
     return None

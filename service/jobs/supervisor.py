@@ -1,7 +1,7 @@
 """Keeps one job worker alive for as long as the server runs.
 
-The worker's standard input is a pipe of ours: when we end, in whatever way, it ends too. Its standard output carries
-signs of life.
+The worker's standard input is a pipe of ours: it names the database, and when we end, in whatever way, it ends too. The
+worker's standard output carries signs of life.
 """
 
 import asyncio
@@ -26,7 +26,9 @@ class WorkerSupervisor:
 
     def __init__(self, database_url: str, folder: Path, log_level: str) -> None:
         self.last_heartbeat = 0.0
-        self._arguments = ["--database", database_url, "--folder", str(folder), "--log-level", log_level]
+        self._arguments = ["--folder", str(folder), "--log-level", log_level]
+        # The URL may hold a password, and everybody may read arguments.
+        self._first_line = f"{database_url}\n".encode()
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -57,9 +59,12 @@ class WorkerSupervisor:
         pause = FIRST_PAUSE_SECONDS
         while True:
             started = asyncio.get_running_loop().time()
-            code = await self._run_worker()
+            try:
+                how = f"ended with code {await self._run_worker()}"
+            except OSError as error:
+                how = f"could not be started ({error})"
             lived = asyncio.get_running_loop().time() - started
-            logger.error("the job worker ended with code %d after %.0f s; starting another", code, lived)
+            logger.error("the job worker %s after %.0f s; starting another", how, lived)
             pause = FIRST_PAUSE_SECONDS if lived > STABLE_SECONDS else min(2 * pause, LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
@@ -73,6 +78,8 @@ class WorkerSupervisor:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
+        assert self._process.stdin is not None
+        self._process.stdin.write(self._first_line)
         assert self._process.stdout is not None
         async for line in self._process.stdout:
             with suppress(ValueError):

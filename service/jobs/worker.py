@@ -1,4 +1,4 @@
-"""The worker process: `python -m service.jobs.worker --database URL --folder FOLDER`.
+"""The worker process: `python -m service.jobs.worker --folder FOLDER`, with the database's URL on standard input.
 
 It runs one job at a time until its standard input ends, which is how it learns that the server is gone, however that
 died. On the way out it kills its child; the job stays on record as running and goes on when a worker starts again.
@@ -41,15 +41,15 @@ LOCK_FILE = "worker.lock"
 def main(arguments: list[str]) -> None:
     """Run jobs until the server that started us is gone."""
     parser = argparse.ArgumentParser(prog="onebit-worker")
-    parser.add_argument("--database", required=True)
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--log-level", default="info")
     options = parser.parse_args(arguments)
     configure_logging(options.log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when we end
+    database_url = sys.stdin.readline().strip()
     with (options.folder / LOCK_FILE).open("a") as lock:
-        if _wait_for_lock(lock):
-            run_jobs(options.database)
+        if database_url and _wait_for_lock(lock):
+            run_jobs(database_url)
     logging.shutdown()
     os._exit(0)  # DBOS' threads would wait for the job at hand
 

@@ -50,10 +50,10 @@ async def quantize(values: dict[str, Any]) -> dict[str, Any]:
     spec = JobSpec.from_dict(values)
     artifact, folder = Path(spec.artifact), Path(spec.folder)
     reporter = Reporter(Progress())
-    if (artifact / MANIFEST_FILE).exists():  # written before the worker died; only this job may have that name
+    config_file = folder / "config.json"
+    if config_file.exists() and (artifact / MANIFEST_FILE).exists():  # this job wrote it before the worker died
         return await reporter.written()
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-    config_file = folder / "config.json"
     await asyncio.to_thread(config_file.write_text, json.dumps(spec.config), encoding="utf-8")
     arguments = ["quantize", "--config", str(config_file), "--out", spec.artifact]
     arguments += ["--work-dir", str(folder / "work"), "--progress", "json"]

@@ -31,5 +31,5 @@ def read_tokenizer(path: Path) -> Any:
     adopt_logger("transformers", logging.ERROR)  # it warns of long prompts, which we refuse ourselves
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CorruptArtifact(f"{path}: its tokenizer cannot be read: {error}") from None
+    except Exception as error:  # noqa: BLE001  (a damaged file makes transformers raise whatever it stumbles over)
+        raise CorruptArtifact(f"{path}: its tokenizer cannot be read: {type(error).__name__}: {error}") from None

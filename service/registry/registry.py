@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from onebit_core.artifact.manifest import Manifest
+from onebit_core.artifact.manifest import Manifest, Report
+from onebit_core.errors import CorruptArtifact
 from service.engine.client import EngineClient
 from service.engine.types import EngineConfig
 from service.errors import BadRequest, Conflict, ModelLoading, NotFound, ShuttingDown, UnknownModel
@@ -117,10 +118,11 @@ class ModelRegistry:
         """Start engine and tokenizer for a reserved name; give the name back if that fails."""
         try:
             _, report = await asyncio.to_thread(read_identity, slot.path)
+            self._publish(slot, manifest, report)
             tokenizer = await asyncio.to_thread(read_tokenizer, slot.path)
             engine = await self._start_engine(engine_config(self._settings, slot.path))
         except BaseException:
-            del self._slots[slot.name]
+            self._forget(slot)
             raise
         slot.model = ServedModel(
             name=slot.name,
@@ -133,10 +135,26 @@ class ModelRegistry:
         )
         slot.state = ModelState.READY
         engine.on_stats = StatsCounter(self._metrics.engine, slot.name)
-        self._metrics.engine.start_series(slot.name)
-        self._metrics.artifact.start_series(slot.name, manifest, report)
         logger.info("model loaded", extra={"model": slot.name, "device": engine.info.device})
         return slot.model
+
+    def _publish(self, slot: Slot, manifest: Manifest, report: Report) -> None:
+        """Show a name's series.
+
+        Raises:
+            CorruptArtifact: the report has a date or an error that cannot be one.
+        """
+        self._metrics.engine.start_series(slot.name)
+        try:
+            self._metrics.artifact.start_series(slot.name, manifest, report)
+        except ValueError as error:
+            raise CorruptArtifact(f"{slot.path}: its report cannot be shown: {error}") from None
+
+    def _forget(self, slot: Slot) -> None:
+        """Free a name and take its series away."""
+        del self._slots[slot.name]
+        self._metrics.engine.end_series(slot.name)
+        self._metrics.artifact.end_series(slot.name)
 
     def unload(self, name: str) -> None:
         """Stop serving a name; its engine ends when the last request that uses it has.
@@ -160,9 +178,7 @@ class ModelRegistry:
         if slot.num_leases:
             await slot.unused.wait()
         await model.stop()
-        del self._slots[slot.name]
-        self._metrics.engine.end_series(slot.name)
-        self._metrics.artifact.end_series(slot.name)
+        self._forget(slot)
         logger.info("model unloaded", extra={"model": slot.name})
 
     @contextmanager
@@ -183,6 +199,7 @@ class ModelRegistry:
         if slot.model is None:
             raise ModelLoading(f"model {name!r} is still loading", retry_after_seconds=LOADING_RETRY_SECONDS)
         slot.num_leases += 1
+        slot.unused.clear()
         try:
             yield slot.model
         finally:

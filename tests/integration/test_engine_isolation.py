@@ -68,6 +68,28 @@ def test_a_step_that_raises_fails_its_sequences_and_the_engine_goes_on(engine, h
     assert engine.run(healthy) == alone
 
 
+def test_a_token_without_text_fails_its_own_request_only(engine, healthy):
+    """A tokenizer that cannot decode one sequence's prompt, or what it draws, goes on for the others."""
+    alone = [engine.run([request])[0] for request in healthy]
+    elsewhere = {token for request in healthy for token in request.prompt_token_ids}
+    elsewhere |= {token for result in alone[1:] for token in result.token_ids}
+    textless = next(token for token in alone[0].token_ids if token not in elsewhere)
+    decode = engine.loop._decode
+
+    def picky(ids):
+        if textless in ids:
+            raise IndexError("piece id is out of range")
+        return decode(ids)
+
+    engine.loop._decode = picky
+    drawn, *others, given = engine.run([*healthy, greedy(9, [5, textless], NUM_NEW)])
+    assert (drawn.finish_reason, given.finish_reason) == (FinishReason.ERROR, FinishReason.ERROR)
+    assert "tokenizer" in drawn.error
+    assert others == alone[1:]
+    assert engine.stats.num_failed_steps == 0
+    assert engine.stats.kv_cache_usage == 0
+
+
 def test_an_aborted_request_frees_its_pages_and_disturbs_nobody(engine, healthy):
     """After an abort in the middle the pages are free and the others finish as if it had never been there."""
     alone = [engine.run([request])[0] for request in healthy]

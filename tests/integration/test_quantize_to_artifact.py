@@ -136,3 +136,23 @@ def test_feedback_uses_the_quantized_prefix(tiny_llama, tmp_path):
         assert json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"] == "onebit"
     errors = [read_report(path).layers[-1].output_error for path in (fine, coarse)]
     assert errors[0] < 1e-3 < errors[1]
+
+
+def test_what_is_not_quantized_is_copied_bit_for_bit(tmp_path):
+    """Norms, biases and embedding keep the original's dtype and bits."""
+    folder = save_tiny_model(tmp_path / "model", architecture="opt")
+    model, _ = load_original(str(folder), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    (tmp_path / "half" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "half" / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
+    artifact = quantize_tiny(tmp_path / "half", tmp_path / "artifact", "gptq")
+    with (
+        safe_open(tmp_path / "half" / "model.safetensors", framework="pt") as before,
+        safe_open(artifact / "model.safetensors", framework="pt") as after,
+    ):
+        shared = set(before.keys()) & set(after.keys())
+        assert "model.decoder.layers.0.fc1.bias" in shared
+        assert "model.decoder.embed_tokens.weight" in shared
+        for name in shared:
+            assert after.get_tensor(name).dtype == torch.bfloat16
+            assert torch.equal(after.get_tensor(name), before.get_tensor(name))

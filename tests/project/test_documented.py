@@ -8,6 +8,7 @@ import pytest
 
 import onebit_core
 from benchmarks.cli_reference import render
+from benchmarks.quality import markdown, read_lines
 from onebit_core.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,14 @@ def test_links_between_pages_lead_somewhere(page):
     """No dead relative link."""
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text())
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_the_results_table_is_the_committed_measurement():
+    """Every number of the README's table comes from the newest result file."""
+    newest = sorted((ROOT / "benchmarks" / "results").glob("quality_*.csv"), key=lambda file: file.stem[-10:])[-1]
+    readme = (ROOT / "README.md").read_text()
+    assert newest.name in readme
+    assert markdown(read_lines(newest)) in readme
 
 
 def test_versions_agree():

@@ -8,7 +8,15 @@ value it has when left out, so clients that always send everything work. The few
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, JsonValue
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    JsonValue,
+    PlainValidator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -86,7 +94,7 @@ Prompt = str | list[str] | list[int] | list[list[int]]
 
 
 def _check_prompt(value: object) -> object:
-    """Say in one sentence what is wrong with a prompt, where a union would say it four times."""
+    """Say in one sentence what is wrong with a prompt; a union would say it four times, and once for every token."""
     if isinstance(value, str):
         check_text(value)
     elif not isinstance(value, list) or not value:
@@ -102,4 +110,4 @@ def _check_prompt(value: object) -> object:
     return value
 
 
-CheckedPrompt = Annotated[Prompt, BeforeValidator(_check_prompt, json_schema_input_type=Prompt)]
+CheckedPrompt = Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=Prompt)]

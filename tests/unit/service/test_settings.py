@@ -41,6 +41,8 @@ def test_unknown_flag_ends_with_code_2():
         (["a", "--port", "x"], "--port"),
         (["a", "--port", "70000"], "--port"),
         (["a", "--dtype", "int4"], "--dtype"),
+        (["a", "--device", "gpu"], "--device"),
+        (["a", "--device", "cuda:"], "--device"),
         (["a", "--host", "0.0.0.0"], "keys_file is required"),
         (["a", "--max-model-len", "0"], "--max-model-len"),
     ],

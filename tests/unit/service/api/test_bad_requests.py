@@ -69,6 +69,8 @@ def check_envelope(response, status, code, param):
         ('"prompt": "x", "presence_penalty": 0.5', "unsupported_parameter", "presence_penalty"),
         ('"prompt": "x", "frequency_penalty": false', "unsupported_parameter", "frequency_penalty"),
         ('"prompt": "x", "tempreature": 1', "unknown_parameter", "tempreature"),
+        ('"prompt": "x", "int": 1', "unknown_parameter", "int"),
+        ('"prompt": "x", "top_p[0]": 1', "unknown_parameter", "top_p[0]"),
         ('"prompt": "x", "\\ud800": 1', "invalid_value", None),
     ],
 )

@@ -72,8 +72,9 @@ def test_an_unknown_job_is_not_found(tmp_path):
 
     async def story(client):
         for act in (client.get, client.cancel):
-            with pytest.raises(JobNotFound):
-                await act("job-none")
+            for job_id in ("job-none", "job-" + "0" * 32, "a\x00b", ""):
+                with pytest.raises(JobNotFound):
+                    await act(job_id)
 
     with_client(tmp_path, story)
 

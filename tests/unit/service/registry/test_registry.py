@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from onebit_core.errors import ArtifactError
+from onebit_core.errors import ArtifactError, CorruptArtifact
 from service.errors import BadRequest, Conflict, EngineStartFailed, ModelLoading, NotFound, ShuttingDown, UnknownModel
 from service.metrics import Metrics
 from service.registry.registry import ModelRegistry, resolve_artifact
@@ -47,6 +47,7 @@ def test_unloading_waits_for_the_last_lease(artifact):
         registry = registry_of(starter)
         await registry.load(artifact)
         with ExitStack() as requests:
+            registry.get("paper")  # a lease that was returned before
             requests.enter_context(registry.lease("paper"))
             requests.enter_context(registry.lease("paper"))
             registry.unload("paper")
@@ -90,6 +91,37 @@ def test_a_failed_load_leaves_nothing(artifact):
         await registry.load(artifact)
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "x"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("report.json", "{}"),
+    ],
+)
+def test_a_damaged_file_is_a_corrupt_artifact(artifact, file, text):
+    """Whatever a damaged file makes a library raise, the answer names the artifact, and the name is free again."""
+    (artifact / file).write_text(text)
+    registry = registry_of()
+    with pytest.raises(CorruptArtifact, match="paper"):
+        asyncio.run(registry.load(artifact))
+    assert registry.slots() == []
+
+
+def test_a_report_that_cannot_be_shown_is_a_corrupt_artifact(artifact):
+    """A date that is none, found when its metric is set, fails the load before an engine is started."""
+    report = (artifact / "report.json").read_text()
+    (artifact / "report.json").write_text(report.replace("2026-01-01T00:00:00+00:00", "yesterday"))
+    starter = ScriptedStarter()
+    registry = registry_of(starter)
+    with pytest.raises(CorruptArtifact, match="yesterday"):
+        asyncio.run(registry.load(artifact))
+    assert (registry.slots(), starter.engines) == ([], [])
 
 
 def test_while_a_model_loads_requests_are_told_to_wait(artifact):
