@@ -6,7 +6,6 @@ loads it through the registered quantizer. No method code is imported: an artifa
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from onebit_core.artifact.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    REPORT_FILE,
-    WEIGHTS_FILE,
-    Manifest,
-    Report,
-)
+from onebit_core.artifact.identity import read_manifest, read_report
+from onebit_core.artifact.manifest import WEIGHTS_FILE, Manifest
 from onebit_core.artifact.registration import QUANT_METHOD, OnebitQuantizationConfig, swap_modules
 from onebit_core.errors import (
-    ArtifactError,
     BackendUnavailable,
     ConfigError,
     CorruptArtifact,
@@ -36,6 +28,16 @@ from onebit_core.errors import (
 from onebit_core.kernels import resolve_backend
 from onebit_core.layers import use_backend
 from onebit_core.model.loading import build_skeleton, read_tokenizer
+
+__all__ = [
+    "LoadedModel",
+    "check_tensors",
+    "load_model",
+    "read_manifest",
+    "read_report",
+    "resolve_dtype",
+    "weights_sha256",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
@@ -111,36 +113,6 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """Read an artifact's identity, without its weights.
-
-    Raises:
-        UnsupportedFormat: not an artifact, or of a newer version.
-    """
-    values = _read_json(Path(path), MANIFEST_FILE)
-    version = values.get("format_version") if isinstance(values, dict) else None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UnsupportedFormat(
-            f"{path}: artifact format {version} cannot be read; this version reads up to {FORMAT_VERSION}"
-        )
-    try:
-        return Manifest.from_dict(values)
-    except ConfigError as error:
-        raise CorruptArtifact(f"{path}: {MANIFEST_FILE}: {error}") from error
-
-
-def read_report(path: str | Path) -> Report:
-    """Read what was measured about an artifact.
-
-    Raises:
-        ArtifactError: not an artifact, or a damaged report.
-    """
-    try:
-        return Report.from_dict(_read_json(Path(path), REPORT_FILE))
-    except ConfigError as error:
-        raise CorruptArtifact(f"{path}: {REPORT_FILE}: {error}") from error
-
-
 def check_tensors(folder: Path) -> None:
     """Compare the tensors on disk with those config.json promises.
 
@@ -196,17 +168,6 @@ def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | No
         for name, tensor in model.state_dict().items()
         if name not in tied
     }
-
-
-def _read_json(folder: Path, name: str) -> Any:
-    """Read one JSON file of an artifact."""
-    file = folder / name
-    if not file.is_file():
-        raise UnsupportedFormat(f"{folder}: not an onebit artifact ({name} is missing)")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"{file}: cannot be read ({error})") from error
 
 
 def _check_memory(manifest: Manifest, dtype: torch.dtype) -> None:

@@ -74,6 +74,11 @@ def _builtin(source: str) -> str:
     """Return the calibration or the held-out part of Python's own reference text."""
     from pydoc_data import topics
 
-    heldout = source == BUILTIN_HELDOUT
-    texts = list(dict.fromkeys(text for _, text in sorted(topics.topics.items())))  # some topics share a text
-    return "\n\n".join(text for index, text in enumerate(texts) if (index % HELDOUT_TOPICS == 0) == heldout)
+    texts = [text for _, text in sorted(topics.topics.items())]
+    paragraphs = [[part.strip("\n") for part in text.split("\n\n")] for text in texts]
+    heldout = dict.fromkeys(part for topic in paragraphs[::HELDOUT_TOPICS] for part in topic)
+    if source == BUILTIN_HELDOUT:
+        return "\n\n".join(heldout)
+    # Topics repeat each other's paragraphs; what is held out must stand in no other.
+    everything = dict.fromkeys(part for topic in paragraphs for part in topic)
+    return "\n\n".join(part for part in everything if part not in heldout)

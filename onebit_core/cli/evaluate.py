@@ -9,7 +9,6 @@ from rich.console import Console
 from onebit_core.cli.output import ProgressMode, print_event, progress_watch
 from onebit_core.cli.tables import evaluation_table
 from onebit_core.errors import ConfigError
-from onebit_core.evaluation.run import EvaluateConfig, evaluate_artifact
 
 
 def evaluate(
@@ -35,6 +34,8 @@ def evaluate(
     ] = "auto",
 ) -> None:
     """Measure perplexity, KL divergence and top-1 agreement against the original, and write them into the artifact."""
+    from onebit_core.evaluation.run import EvaluateConfig, evaluate_artifact
+
     config = EvaluateConfig(
         texts=parse_texts(text),
         original=original,

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from onebit_core.artifact.identity import read_manifest, read_report
 from onebit_core.artifact.manifest import Manifest, Report
-from onebit_core.artifact.reader import read_manifest, read_report
 from onebit_core.cli.tables import bytes_table, evaluation_table, layers_table
 from onebit_core.errors import ConfigError
 from onebit_core.evaluation.report_page import render_page, worst_layers

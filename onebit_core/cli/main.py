@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 import typer
-from transformers.utils import logging as transformers_logging
 
 import onebit_core
 from onebit_core.cli.evaluate import evaluate
@@ -48,8 +47,6 @@ def root(
 
 def main() -> Any:
     """Run the command line and exit."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     as_json = ("json" in sys.argv and "--progress" in sys.argv) or "--progress=json" in sys.argv
     try:
         app()

@@ -63,9 +63,18 @@ def progress_watch(mode: ProgressMode = "auto") -> Iterator[Watch]:
     Args:
         mode: see the module text.
     """
+    _quiet_transformers()
     cancel = CancelToken()
     with _open_sink(mode) as sink, _signals_cancel(cancel):
         yield Watch(sink=sink, cancel=cancel)
+
+
+def _quiet_transformers() -> None:
+    """Keep transformers' own bars and hints off the terminal; ours say what happens."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _open_sink(mode: ProgressMode) -> AbstractContextManager[ProgressSink]:

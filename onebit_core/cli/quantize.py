@@ -1,4 +1,7 @@
-"""onebit quantize: flags to QuantizeConfig, then the pipeline; onebit methods: the table of methods."""
+"""onebit quantize: flags to QuantizeConfig, then the pipeline; onebit methods: the table of methods.
+
+What needs torch is imported inside the commands, so that help, version and mistakes in flags answer at once.
+"""
 
 import dataclasses
 import json
@@ -9,18 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from onebit_core.artifact.reader import read_manifest
+from onebit_core.artifact.identity import read_manifest
 from onebit_core.cli.output import ProgressMode, print_event, progress_watch
 from onebit_core.errors import ConfigError
-from onebit_core.methods import METHODS
-from onebit_core.pipeline.config import QuantizeConfig
-from onebit_core.pipeline.run import quantize_model
 
 
 def quantize(
     model: Annotated[str | None, typer.Argument(help="Hugging Face folder, hub id, or GGUF file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}; see `onebit methods`.")] = None,
+    method: Annotated[str | None, typer.Option(help="How weights are found; `onebit methods` lists them.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Setting of the method; repeat for more.")
     ] = None,
@@ -57,6 +57,9 @@ def quantize(
             raise ConfigError(f"{where} is missing; see onebit quantize --help")
     if out is None:
         raise ConfigError("--out is missing: name the folder to write")
+    from onebit_core.pipeline.config import QuantizeConfig
+    from onebit_core.pipeline.run import quantize_model
+
     with progress_watch(progress) as watch:
         quantize_model(QuantizeConfig.from_dict(values), out, watch=watch, work=work_dir)
     if progress == "json":
@@ -67,6 +70,8 @@ def quantize(
 
 def methods() -> None:
     """List the methods with their settings and defaults."""
+    from onebit_core.methods import METHODS
+
     table = Table("method", "what it does", "settings (defaults)", show_lines=True)
     for method_name, method in METHODS.items():
         defaults = dataclasses.asdict(method.config())  # type: ignore[call-overload]  # every config is a dataclass

@@ -186,8 +186,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UnsupportedModel(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # noqa: BLE001  (a damaged file makes the tokenizer library raise plain Exceptions)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnsupportedModel(f"{folder}: no usable tokenizer ({reason})") from error
     return tokenizer
 
 

@@ -20,7 +20,8 @@ from service.jobs.process import Command
 from service.jobs.types import JobSpec, Progress
 
 SECONDS_BETWEEN_EVENTS = 0.5
-MAX_RECOVERY_ATTEMPTS = 5
+MAX_RECOVERY_ATTEMPTS = 50
+"""Starts of one job, orderly restarts of the server included; a job that kills its worker each time ends then."""
 MANIFEST_FILE = "manifest.json"
 
 _one_at_a_time = asyncio.Lock()

@@ -89,7 +89,7 @@ def _encode_chat(messages: Sequence[Message], model: ServedModel) -> TokenIds:
     turns = [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]
     try:
         text = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:  # templates run code
         raise BadRequest(f"the model's chat template refuses this conversation: {error}", param="messages") from None
     token_ids = tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not token_ids:

@@ -6,7 +6,7 @@ it. `null` means the default, as everywhere in this API.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from service.api.openai.fields import CheckedPrompt, Ignored, Only, Stop, Text, Unsupported
 
@@ -59,6 +59,14 @@ class SamplingBody(StrictBody):
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
 
+    @field_validator("stream_options")
+    @classmethod
+    def _options_need_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        """Refuse stream_options without stream, as OpenAI does."""
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("stream_options is only allowed when stream is true")
+        return value
+
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with usage."""
@@ -74,7 +82,7 @@ class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
     prompt: CheckedPrompt = Field(description="One or many prompts, as text or as token ids.")
-    max_tokens: int | None = Field(default=None, ge=0, description="Most tokens to generate; default 16.")
+    max_tokens: int | None = Field(default=None, ge=0, lt=INT64, description="Most tokens to generate; default 16.")
 
     best_of: Annotated[Unsupported, Only(1)] = None
     echo: Annotated[Unsupported, Only(False)] = None  # noqa: FBT003  (the one value of `echo` that passes)
@@ -110,9 +118,9 @@ class ChatBody(SamplingBody):
 
     messages: list[Message] = Field(min_length=1, description="The conversation so far.")
     max_completion_tokens: int | None = Field(
-        default=None, ge=0, description="Most tokens to generate; by default what the context leaves."
+        default=None, ge=0, lt=INT64, description="Most tokens to generate; by default what the context leaves."
     )
-    max_tokens: int | None = Field(default=None, ge=0, description="Older name of max_completion_tokens.")
+    max_tokens: int | None = Field(default=None, ge=0, lt=INT64, description="Older name of max_completion_tokens.")
 
     tools: Annotated[Unsupported, Only([])] = None
     tool_choice: Annotated[Unsupported, Only("none", "auto")] = None

@@ -1,0 +1,50 @@
+"""Reads what an artifact says about itself, without its weights: no tensors, no torch, milliseconds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from onebit_core.artifact.manifest import FORMAT_VERSION, MANIFEST_FILE, REPORT_FILE, Manifest, Report
+from onebit_core.errors import ArtifactError, ConfigError, CorruptArtifact, UnsupportedFormat
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read an artifact's identity.
+
+    Raises:
+        UnsupportedFormat: not an artifact, or of a newer version.
+        CorruptArtifact: the manifest is damaged.
+    """
+    values = _read_json(Path(path), MANIFEST_FILE)
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UnsupportedFormat(
+            f"{path}: artifact format {version} cannot be read; this version reads up to {FORMAT_VERSION}"
+        )
+    try:
+        return Manifest.from_dict(values)
+    except ConfigError as error:
+        raise CorruptArtifact(f"{path}: {MANIFEST_FILE}: {error}") from error
+
+
+def read_report(path: str | Path) -> Report:
+    """Read what was measured about an artifact.
+
+    Raises:
+        ArtifactError: not an artifact, or a damaged report.
+    """
+    try:
+        return Report.from_dict(_read_json(Path(path), REPORT_FILE))
+    except ConfigError as error:
+        raise CorruptArtifact(f"{path}: {REPORT_FILE}: {error}") from error
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    """Read one JSON file of an artifact."""
+    file = folder / name
+    if not file.is_file():
+        raise UnsupportedFormat(f"{folder}: not an onebit artifact ({name} is missing)")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{file}: cannot be read ({error})") from error
