@@ -186,7 +186,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001  (a damaged file makes the tokenizer library raise plain Exceptions)
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UnsupportedModel(f"{folder}: no usable tokenizer ({reason})") from error
     return tokenizer
