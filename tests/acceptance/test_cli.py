@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("cli") / "model")
 
 
-def refused(done: subprocess.CompletedProcess[str], folder: Path, *parts: str) -> None:
+def check_refused(done: subprocess.CompletedProcess[str], folder: Path, *parts: str) -> None:
     """Check for one sentence with all parts, exit code 2, and no artifact."""
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -124,7 +124,7 @@ def test_settings_that_cannot_be_meant(model, tmp_path, words, parts):
     """Unknown names, impossible values and wrong types are named with the remedy."""
     if "cuda:99" in words and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    refused(onebit("quantize", model, *words, "--out", tmp_path / "artifact"), tmp_path, *parts)
+    check_refused(onebit("quantize", model, *words, "--out", tmp_path / "artifact"), tmp_path, *parts)
 
 
 def test_text_too_short_for_the_calibration(model, tmp_path):
@@ -132,7 +132,7 @@ def test_text_too_short_for_the_calibration(model, tmp_path):
     (tmp_path / "short.txt").write_text("only a few words")
     words = ("--method", "gptq", "--set", "group_size=32", "--calibration", tmp_path / "short.txt", "--tokens", 64)
     done = onebit("quantize", model, *words, "--out", tmp_path / "artifact")
-    refused(done, tmp_path, "short.txt", "16 tokens are too few for 32 samples of 64")
+    check_refused(done, tmp_path, "short.txt", "16 tokens are too few for 32 samples of 64")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00binary"])
@@ -140,7 +140,7 @@ def test_text_that_is_none(model, tmp_path, content):
     """Empty and binary files are refused by name."""
     (tmp_path / "text.txt").write_bytes(content)
     words = ("--method", "gptq", "--set", "group_size=32", "--calibration", tmp_path / "text.txt", "--tokens", 64)
-    refused(onebit("quantize", model, *words, "--out", tmp_path / "artifact"), tmp_path, "text.txt")
+    check_refused(onebit("quantize", model, *words, "--out", tmp_path / "artifact"), tmp_path, "text.txt")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_text_that_is_none(model, tmp_path, content):
 def test_a_model_that_is_not_there(tmp_path, name, part):
     """A missing path, an unreachable hub id, a folder that is no model."""
     done = onebit("quantize", name, "--method", "rtn", "--out", tmp_path / "artifact", cwd=tmp_path)
-    refused(done, tmp_path, part)
+    check_refused(done, tmp_path, part)
 
 
 def test_an_architecture_we_do_not_support(tmp_path, model):
@@ -158,7 +158,7 @@ def test_an_architecture_we_do_not_support(tmp_path, model):
     folder = tmp_path / "bert"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
-    refused(
+    check_refused(
         onebit("quantize", folder, "--method", "rtn", "--out", tmp_path / "artifact"), tmp_path, "BertModel", "Llama"
     )
 
@@ -172,7 +172,7 @@ def test_pickled_weights_are_not_opened(tmp_path, model):
             (folder / file.name).write_bytes(file.read_bytes())
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
     done = onebit("quantize", folder, "--method", "rtn", "--out", tmp_path / "artifact")
-    refused(done, tmp_path, "pickled weights (pytorch_model.bin) are not opened")
+    check_refused(done, tmp_path, "pickled weights (pytorch_model.bin) are not opened")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -183,7 +183,7 @@ def test_weights_that_are_not_numbers(tmp_path, value):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     done = onebit("quantize", model, "--method", "rtn", "--set", "group_size=32", "--out", tmp_path / "artifact")
-    refused(done, tmp_path, "model.layers.1.mlp.up_proj.weight", "NaN or infinite")
+    check_refused(done, tmp_path, "model.layers.1.mlp.up_proj.weight", "NaN or infinite")
 
 
 def test_a_model_too_large_for_memory(tmp_path, model):
@@ -197,7 +197,7 @@ def test_a_model_too_large_for_memory(tmp_path, model):
     config.update(sizes, vocab_size=20_000_000)
     (folder / "config.json").write_text(json.dumps(config))
     done = onebit("quantize", folder, "--method", "rtn", "--out", tmp_path / "artifact")
-    refused(done, tmp_path, "GiB")
+    check_refused(done, tmp_path, "GiB")
 
 
 def test_a_disk_that_cannot_be_written(tmp_path, model):
@@ -205,10 +205,10 @@ def test_a_disk_that_cannot_be_written(tmp_path, model):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     done = onebit("quantize", model, "--method", "rtn", "--set", "group_size=32", "--out", blocked / "artifact")
-    refused(done, tmp_path, "cannot be made")
+    check_refused(done, tmp_path, "cannot be made")
 
 
 def test_serving_what_is_no_artifact(tmp_path, model):
     """Evaluate and inspect refuse a plain model in one sentence."""
     for words in (("inspect", model), ("evaluate", model, "--text", "x=builtin:python")):
-        refused(onebit(*words), tmp_path, "not an onebit artifact")
+        check_refused(onebit(*words), tmp_path, "not an onebit artifact")

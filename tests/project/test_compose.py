@@ -35,7 +35,7 @@ def substitute(text: str) -> str:
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
-def run_promtool(*arguments: str) -> None:
+def check_with_promtool(*arguments: str) -> None:
     promtool = find_tool("promtool", "Debian package prometheus")
     done = subprocess.run([promtool, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -177,13 +177,13 @@ def test_every_metric_and_label_asked_for_is_exposed(title: str, expression: str
 
 def test_promtool_accepts_config_and_rules() -> None:
     """Prometheus would start with these files."""
-    run_promtool("check", "config", "--syntax-only", str(PROMETHEUS / "prometheus.yml"))
-    run_promtool("check", "rules", "--lint=all", "--lint-fatal", str(PROMETHEUS / "rules.yml"))
+    check_with_promtool("check", "config", "--syntax-only", str(PROMETHEUS / "prometheus.yml"))
+    check_with_promtool("check", "rules", "--lint=all", "--lint-fatal", str(PROMETHEUS / "rules.yml"))
 
 
 def test_alerts_fire_when_they_should_and_only_then() -> None:
     """The alerts' own unit tests, series in and alarms out."""
-    run_promtool("test", "rules", str(PROMETHEUS / "rules_test.yml"))
+    check_with_promtool("test", "rules", str(PROMETHEUS / "rules_test.yml"))
 
 
 def test_every_alert_is_tried_by_a_unit_test() -> None:
@@ -209,7 +209,7 @@ def test_dashboard_queries_are_promql(tmp_path: Path) -> None:
             expression = target["expr"].replace("$__rate_interval", "1m").replace("$model", ".*")
             rules.append({"record": f"panel:{number}:{target['refId']}", "expr": expression})
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
-    run_promtool("check", "rules", str(tmp_path / "rules.yml"))
+    check_with_promtool("check", "rules", str(tmp_path / "rules.yml"))
 
 
 def test_dashboard_panels_do_not_overlap_and_take_their_data_from_the_chosen_source() -> None:

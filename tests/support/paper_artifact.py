@@ -1,17 +1,18 @@
 """An artifact on paper: manifest, report and tokenizer, but no weights; enough for everything but an engine."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 from onebit_core.artifact.manifest import (
     BitsInfo,
-    EvaluationResult,
     LayerReport,
     Manifest,
     Perplexity,
     Report,
     SourceInfo,
 )
+from tests.support.sample_report import sample_evaluation
 from tests.support.tiny_model import byte_tokenizer
 
 VERSIONS = {"onebit": "0.1.0", "torch": "2", "transformers": "5", "python": "3.11"}
@@ -44,11 +45,8 @@ def paper_report() -> Report:
         output_error=0.09,
         seconds=0.1,
     )
-    result = EvaluationResult(
-        dataset="news",
-        fingerprint="f" * 64,
-        windows=2,
-        window_tokens=64,
+    result = dataclasses.replace(
+        sample_evaluation("news"),
         tokens=126,
         original=Perplexity(value=20.0, standard_error=0.5),
         compressed=Perplexity(value=25.0, standard_error=0.6),
@@ -58,11 +56,7 @@ def paper_report() -> Report:
         kl_p99=1.5,
         kl_max=3.0,
         top1_agreement=0.8,
-        top1_standard_error=0.02,
-        device="cpu",
-        dtype="float32",
         date="2026-01-01T00:00:00+00:00",
-        versions=VERSIONS,
     )
     return Report(layers=(layer,), seconds={"quantize": 1.0}, evaluation=(result,))
 

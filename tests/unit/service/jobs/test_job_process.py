@@ -66,6 +66,7 @@ def test_a_child_dies_with_its_parent(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     _wait_for(lambda: not _runs(pid))
+    assert not _runs(pid)
 
 
 def _runs(pid: int) -> bool:
