@@ -36,8 +36,8 @@ class Result:
 class InlineEngine:
     """A loaded model and a loop that runs until every request has ended."""
 
-    def __init__(self, folder: Path, *, loader: str = PLAIN_LOADER, **config) -> None:
-        self.config = EngineConfig(artifact=str(folder), device="cpu", loader=loader, **config)
+    def __init__(self, folder: Path, *, loader: str = PLAIN_LOADER, device: str = "cpu", **config) -> None:
+        self.config = EngineConfig(artifact=str(folder), device=device, loader=loader, **config)
         self.runner, self.tokenizer = load(self.config)
         self.info = describe(self.runner, self.tokenizer, self.config)
         self.inbox: SimpleQueue[ToEngine] = SimpleQueue()

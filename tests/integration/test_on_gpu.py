@@ -1,0 +1,33 @@
+"""The same journeys on a CUDA device; skipped where there is none."""
+
+import pytest
+import torch
+
+from onebit_core.artifact.reader import load_model, read_manifest, read_report
+from onebit_core.methods import METHODS
+from tests.support.quantized import quantize_tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+]
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantizing_on_the_gpu_gives_the_same_kind_of_model(tiny_llama, tmp_path, method):
+    """Same bits, and layer errors as on the CPU up to rounding."""
+    on_cpu = quantize_tiny(tiny_llama, tmp_path / "cpu", method)
+    on_gpu = quantize_tiny(tiny_llama, tmp_path / "gpu", method, device="cuda")
+    assert read_manifest(on_gpu).bits == read_manifest(on_cpu).bits
+    for one, other in zip(read_report(on_gpu).layers, read_report(on_cpu).layers, strict=True):
+        assert one.weight_error == pytest.approx(other.weight_error, rel=0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense"])
+def test_logits_agree_between_devices(tiny_llama, tmp_path, backend):
+    """A packed model on the GPU computes what it computes on the CPU."""
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "pb_llm", embedding_bits=8)
+    on_cpu = load_model(artifact, backend=backend, dtype="float32").model(IDS).logits
+    on_gpu = load_model(artifact, backend=backend, dtype="float32", device="cuda").model(IDS.cuda()).logits
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
