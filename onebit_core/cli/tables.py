@@ -48,11 +48,14 @@ def evaluation_table(results: Sequence[EvaluationResult]) -> Table:
 
 
 def bytes_table(manifest: Manifest) -> Table:
-    """Show where the bytes of an artifact are."""
+    """Show where the bytes of an artifact are, and what they add to each parameter of the model."""
     parts = parts_of(manifest)
     total = sum(part.size_bytes for part in parts)
-    rows = [(part.name.replace("_", " "), f"{part.size_bytes:,}", f"{part.share:.1%}") for part in parts]
-    return table("bytes by part", ("part",), ("bytes", "share"), [*rows, ("all", f"{total:,}", "100.0%")])
+    rows = [
+        (part.name.replace("_", " "), f"{part.size_bytes:,}", f"{part.bits:.3f}", f"{part.share:.1%}") for part in parts
+    ]
+    rows.append(("all", f"{total:,}", f"{sum(part.bits for part in parts):.3f}", "100.0%"))
+    return table("bytes and bits by part", ("part",), ("bytes", "bits per parameter", "share"), rows)
 
 
 def layers_table(layers: Sequence[LayerReport], total: int) -> Table:
@@ -60,7 +63,7 @@ def layers_table(layers: Sequence[LayerReport], total: int) -> Table:
     rows = [
         (
             str(layer.block),
-            layer.name,
+            layer.name.partition(f".{layer.block}.")[2] or layer.name,
             layer.method,
             f"{layer.bits:.3f}",
             f"{layer.weight_error:.4g}",

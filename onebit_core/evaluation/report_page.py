@@ -20,11 +20,12 @@ WORST_LAYERS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One kind of bytes in an artifact; `share` is of all its tensors, 0 to 1."""
+    """One kind of bytes in an artifact; `share` is of all its tensors, 0 to 1, `bits` per parameter of the model."""
 
     name: str
     size_bytes: int
     share: float
+    bits: float
 
 
 def render_page(manifest: Manifest, report: Report) -> str:
@@ -58,7 +59,10 @@ def parts_of(manifest: Manifest) -> tuple[Part, ...]:
     """Return the parts that have any bytes, the largest first."""
     total = sum(manifest.bytes_by_part.values())
     sizes = sorted(manifest.bytes_by_part.items(), key=lambda item: -item[1])
-    return tuple(Part(name=name, size_bytes=size, share=size / total) for name, size in sizes if size)
+    parameters = manifest.source.parameters
+    return tuple(
+        Part(name=name, size_bytes=size, share=size / total, bits=8 * size / parameters) for name, size in sizes if size
+    )
 
 
 def worst_layers(report: Report, count: int = WORST_LAYERS) -> tuple[LayerReport, ...]:

@@ -122,7 +122,7 @@ def test_inspect_shows_bits_bytes_and_layers(place: Path) -> None:
     """Names are shown as they are, even if they look like markup."""
     printed = run("inspect", place / "artifact")
 
-    for shown in ("[bold]tiny", "bits per weight", "bytes by part", "codes", "down_proj", "not evaluated yet"):
+    for shown in ("[bold]tiny", "bits per weight", "bytes and bits by part", "codes", "down_proj", "not evaluated yet"):
         assert shown in printed
 
 
