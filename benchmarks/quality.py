@@ -31,8 +31,9 @@ from onebit_core.cli.evaluate import parse_texts
 from onebit_core.cli.output import progress_watch
 from onebit_core.errors import ConfigError, OnebitError
 from onebit_core.evaluation.compare import evaluate_models
-from onebit_core.evaluation.run import choose_device, choose_dtype, with_result
+from onebit_core.evaluation.run import choose_dtype, with_result
 from onebit_core.evaluation.windows import TokenWindows, read_windows
+from onebit_core.kernels import resolve_device
 from onebit_core.model.loading import load_original
 from onebit_core.model.sample import sample_model_path
 from onebit_core.pipeline.config import CalibrationConfig, QuantizeConfig
@@ -106,7 +107,7 @@ def _run(options: argparse.Namespace, watch: Watch) -> list[dict[str, Any]]:
     rows = choose_rows(options.rows)
     texts = parse_texts(options.text)
     counts = _counts(options.windows, texts)
-    device = choose_device(options.device)
+    device = resolve_device(options.device)
     folders = {row.name: _quantized(row, options, device, watch) for row in rows}
     dtype = choose_dtype(options.dtype, device)
     original, tokenizer = load_original(options.model, device=device, dtype=dtype)

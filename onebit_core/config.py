@@ -75,7 +75,8 @@ def _coerce(where: str, hint: Any, value: Any) -> Any:
     if origin is dict or hint is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected an object, got {value!r}")
-        return dict(value)
+        item = arguments[1] if arguments else Any
+        return {str(key): _coerce(f"{where}.{key}", item, each) for key, each in value.items()}
     if isinstance(hint, type) and issubclass(hint, StrictConfig):
         return value if isinstance(value, hint) else hint.from_dict(value)
     return _coerce_scalar(where, hint, value)

@@ -79,3 +79,8 @@ class BackendUnavailable(KernelError):
 
 class Cancelled(OnebitError):
     """The caller set the CancelToken; not a failure."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what another package's exception says, in one line: its first line, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -60,7 +60,9 @@ class CancelToken:
             Cancelled: `cancel` was called.
         """
         if self._event.is_set():
-            raise Cancelled("cancelled on request; finished blocks are kept and a new run continues after them")
+            raise Cancelled(
+                "cancelled on request; what is finished is kept: blocks in a work folder, results of whole texts"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +72,17 @@ class Watch:
     sink: ProgressSink = ignore_progress
     cancel: CancelToken = field(default_factory=CancelToken)
 
-    def report(self, stage: str, done: int, total: int, **detail: Any) -> None:
-        """Send one event and stop if asked to."""
+    def tell(self, stage: str, done: int, total: int, **detail: Any) -> None:
+        """Send one event; never stops, for the last event of work that is complete."""
         self.sink(ProgressEvent(stage=stage, done=done, total=total, detail=detail))
+
+    def report(self, stage: str, done: int, total: int, **detail: Any) -> None:
+        """Send one event and stop if asked to.
+
+        Raises:
+            Cancelled: `cancel` was called.
+        """
+        self.tell(stage, done, total, **detail)
         self.cancel.raise_if_cancelled()
 
     def track(self, stage: str, items: Sequence[T]) -> Iterator[T]:

@@ -19,14 +19,15 @@ from onebit_core.artifact.identity import read_manifest, read_report
 from onebit_core.artifact.manifest import WEIGHTS_FILE, Manifest
 from onebit_core.artifact.registration import QUANT_METHOD, OnebitQuantizationConfig, swap_modules
 from onebit_core.errors import (
-    BackendUnavailable,
+    ArtifactError,
     ConfigError,
     CorruptArtifact,
     NotEnoughMemory,
     UnsupportedFormat,
+    first_line,
 )
-from onebit_core.kernels import resolve_backend
-from onebit_core.layers import use_backend
+from onebit_core.kernels import resolve_backend, resolve_device
+from onebit_core.layers import SalientPart, use_backend
 from onebit_core.model.loading import build_skeleton, read_tokenizer
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
 SAFETENSORS_DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
 
 
@@ -67,7 +69,7 @@ def load_model(
 
     Args:
         path: its folder.
-        device: cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N.
         dtype: of activations: float32, bfloat16, float16; auto is float32 on the CPU and bfloat16 elsewhere.
         backend: see onebit_core.kernels.backends.
         verify: compare the weights with the manifest's hash.
@@ -79,10 +81,9 @@ def load_model(
         ConfigError: unknown dtype.
     """
     folder = Path(path)
+    device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device)
     chosen = resolve_backend(backend)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BackendUnavailable(f"device {device!r}: this machine has no CUDA device; use cpu")
     manifest = read_manifest(folder)
     check_tensors(folder)
     if verify and weights_sha256(folder) != manifest.sha256:
@@ -96,6 +97,7 @@ def load_model(
     )
     model.eval()
     model.requires_grad_(requires_grad=False)
+    _check_salient(model, folder)
     use_backend(model, chosen)
     return LoadedModel(model=model.to(device=device), tokenizer=read_tokenizer(folder), manifest=manifest, path=folder)
 
@@ -134,7 +136,7 @@ def check_tensors(folder: Path) -> None:
             raise CorruptArtifact(f"{weights}: tensor {name!r} is unexpected")
         shape, dtype = shapes[name]
         wanted_shape, wanted_dtype = expected[name]
-        if shape != wanted_shape or (wanted_dtype is not None and dtype != wanted_dtype):
+        if shape != wanted_shape or dtype not in (FLOATING_DTYPES if wanted_dtype is None else (wanted_dtype,)):
             wanted = f"{wanted_dtype or 'floating'} {list(wanted_shape)}"
             raise CorruptArtifact(f"{weights}: tensor {name!r} is {dtype} {list(shape)}, expected {wanted}")
 
@@ -149,8 +151,8 @@ def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | No
     """Return name to (shape, dtype on disk; None where any floating dtype will do)."""
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise CorruptArtifact(f"{folder}: config.json cannot be used ({str(error).splitlines()[0]})") from error
+    except Exception as error:
+        raise CorruptArtifact(f"{folder}: config.json cannot be used ({first_line(error)})") from error
     values = getattr(config, "quantization_config", None)
     if isinstance(values, OnebitQuantizationConfig):
         values = values.to_dict()
@@ -159,8 +161,10 @@ def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | No
     try:
         model = build_skeleton(config)
         swap_modules(model, OnebitQuantizationConfig(**values))
-    except (ConfigError, ValueError, TypeError) as error:
-        raise CorruptArtifact(f"{folder}: config.json: {error}") from error
+    except (ArtifactError, NotEnoughMemory):
+        raise
+    except Exception as error:
+        raise CorruptArtifact(f"{folder}: config.json: {first_line(error)}") from error
     tied = set(model.all_tied_weights_keys)
     parameters = dict(model.named_parameters())
     return {
@@ -168,6 +172,16 @@ def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | No
         for name, tensor in model.state_dict().items()
         if name not in tied
     }
+
+
+def _check_salient(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse salient places outside of their matrix."""
+    for name, module in model.named_modules():
+        if isinstance(module, SalientPart):
+            try:
+                module.check()
+            except CorruptArtifact as error:
+                raise CorruptArtifact(f"{folder / WEIGHTS_FILE}: {name}: {error}") from error
 
 
 def _check_memory(manifest: Manifest, dtype: torch.dtype) -> None:

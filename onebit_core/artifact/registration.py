@@ -90,28 +90,39 @@ def swap_modules(model: PreTrainedModel, config: OnebitQuantizationConfig) -> No
             f"artifact format {config.format_version} is newer than {CONFIG_VERSION}, "
             "which this version reads; upgrade onebit"
         )
+    if config.embedding_bits not in (8, 16) or not isinstance(config.layers, dict):
+        raise CorruptArtifact(
+            f"config.json: quantization_config has embedding_bits {config.embedding_bits!r} (8 or 16) and layers of "
+            f"type {type(config.layers).__name__} (an object)"
+        )
     for name, values in config.layers.items():
         spec = LayerSpec.from_dict(values)
         try:
             module = model.get_submodule(name)
         except AttributeError:
             raise CorruptArtifact(f"config.json names a layer {name!r} that the architecture does not have") from None
-        if (spec.out_features, spec.in_features) != tuple(getattr(getattr(module, "weight", None), "shape", ())):
+        if type(module) is not nn.Linear:
+            raise CorruptArtifact(f"config.json: layer {name!r} is a {type(module).__name__}, not a linear")
+        if (spec.out_features, spec.in_features) != tuple(module.weight.shape):
             raise CorruptArtifact(
                 f"config.json: layer {name!r} has {spec.out_features} x {spec.in_features} weights, "
                 "which is not the architecture's shape"
             )
-        device = next(module.parameters()).device
-        with device:
+        with module.weight.device:
             replace_module(model, name, build_layer(spec))
     if config.embedding_bits == 8:
         swap_embedding(model)
 
 
 def swap_embedding(model: PreTrainedModel) -> QuantizedEmbedding:
-    """Put an empty 8-bit embedding in place, and a tied head where the model ties them; return the embedding."""
+    """Put an empty 8-bit embedding in place, and a tied head where the model ties them; return the embedding.
+
+    Raises:
+        CorruptArtifact: the model's embedding is more than a table (it also scales, say).
+    """
     table = model.get_input_embeddings()
-    assert isinstance(table, nn.Embedding)
+    if type(table) is not nn.Embedding:
+        raise CorruptArtifact(f"config.json: embedding_bits 8, but the embedding is a {type(table).__name__}")
     with table.weight.device:
         embedding = QuantizedEmbedding(table.num_embeddings, table.embedding_dim)
     model.set_input_embeddings(embedding)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ from onebit_core.artifact.manifest import (
 from onebit_core.artifact.reader import check_tensors, weights_sha256
 from onebit_core.artifact.registration import OnebitQuantizationConfig, swap_embedding, ties_embedding
 from onebit_core.config import StrictConfig
-from onebit_core.errors import ArtifactError, ConfigError, CorruptArtifact
+from onebit_core.errors import ArtifactError, CorruptArtifact, first_line
 from onebit_core.layers import GroupedIntLinear, QuantizedEmbedding, QuantizedLinear
 from onebit_core.layers.grid import min_max_grid
 from onebit_core.model.loading import OriginalModel
@@ -171,10 +172,7 @@ def _quantize_embedding(original: OriginalModel, layers: dict[str, QuantizedLine
     model = original.model
     table = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is table)
-    if type(table) is not nn.Embedding:
-        raise ConfigError(
-            f"embedding_bits 8: {name} is a {type(table).__name__}, which cannot be stored in 8 bit; use 16"
-        )
+    assert type(table) is nn.Embedding, "the plan refuses others"
     weight_VD = original.store.tensor(original.stored_name(f"{name}.weight"))
     if not ties_embedding(model):
         head = model.get_output_embeddings()
@@ -259,6 +257,8 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         yield folder
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise ArtifactError(f"{out}: cannot be written ({first_line(error)})") from error
     except OSError as error:
         raise ArtifactError(f"{out}: cannot be written ({error.strerror or error})") from error
     finally:

@@ -58,7 +58,7 @@ def _windows(tokenizer: Any, source: str, text: str, share: int, tokens: int, ge
     if len(ids) < share * tokens:
         raise CalibrationError(
             f"{source}: {len(ids)} tokens are too few for {share} samples of {tokens} tokens "
-            f"({share * tokens}); give more text, or ask for at most {len(ids) // tokens} samples"
+            f"({share * tokens}); give more text, or ask for fewer or shorter samples"
         )
     stride = len(ids) // share
     jitter = torch.randint(0, stride - tokens + 1, (share,), generator=generator)

@@ -11,7 +11,7 @@ Calibration text must never overlap evaluation text; fingerprints of both stand 
 import json
 from pathlib import Path
 
-from onebit_core.errors import CalibrationError
+from onebit_core.errors import CalibrationError, first_line
 
 BUILTIN = "builtin:python"
 SUFFIXES = (".txt", ".md", ".raw", ".jsonl")
@@ -28,8 +28,12 @@ def read_text(source: str) -> str:
     """
     if source in (BUILTIN, BUILTIN_HELDOUT):
         return _builtin(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise CalibrationError(f"{source}: not a path this machine can follow ({first_line(error)})") from error
+    if is_folder:
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
             raise CalibrationError(f"{source}: the folder holds no text ({', '.join(SUFFIXES)})")
@@ -55,9 +59,9 @@ def _read_file(path: Path) -> str:
 
 
 def _join_lines(path: Path, text: str) -> str:
-    """Join the "text" fields of a JSON lines file."""
+    """Join the "text" fields of a JSON lines file; a line ends at LF only, for JSON may hold U+2028 and its like."""
     parts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

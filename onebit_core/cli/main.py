@@ -3,7 +3,7 @@
 0  done
 1  a bug: the traceback is shown
 2  the request or its input cannot be used; one sentence on standard error says what and what to do
-3  cancelled by SIGINT or SIGTERM; finished blocks are kept in --work-dir
+3  cancelled by SIGINT or SIGTERM; finished blocks are kept where --work-dir says
 """
 
 import sys

@@ -49,9 +49,9 @@ def quantize(
     values = _read_config(config)
     flags = {"model": model, "method": method, "embedding_bits": embedding_bits, "name": name, "device": device}
     values.update({key: value for key, value in flags.items() if value is not None})
-    values.setdefault("settings", {}).update(parse_settings(settings or []))
     amounts = {"text": calibration, "samples": samples, "tokens": tokens, "seed": seed}
-    values.setdefault("calibration", {}).update({key: value for key, value in amounts.items() if value is not None})
+    _merge(values, "settings", parse_settings(settings or []))
+    _merge(values, "calibration", {key: value for key, value in amounts.items() if value is not None})
     for key, where in (("model", "MODEL"), ("method", "--method")):
         if key not in values:
             raise ConfigError(f"{where} is missing; see onebit quantize --help")
@@ -95,6 +95,14 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
         except ValueError:
             values[key] = text
     return values
+
+
+def _merge(values: dict[str, Any], key: str, flags: dict[str, Any]) -> None:
+    """Let flags win over a part of the configuration file."""
+    part = values.setdefault(key, {})
+    if not isinstance(part, dict):
+        raise ConfigError(f"--config: {key} is {part!r}; expected an object with named fields")
+    part.update(flags)
 
 
 def _read_config(file: Path | None) -> dict[str, Any]:

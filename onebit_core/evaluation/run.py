@@ -19,6 +19,7 @@ from onebit_core.config import StrictConfig
 from onebit_core.errors import EvaluationError
 from onebit_core.evaluation.compare import evaluate_models
 from onebit_core.evaluation.windows import read_windows
+from onebit_core.kernels import resolve_device
 from onebit_core.model.loading import find_folder, load_original
 from onebit_core.model.weights import WeightStore
 from onebit_core.progress import Watch
@@ -33,7 +34,7 @@ class EvaluateConfig(StrictConfig):
         original: the uncompressed model; None for the one the artifact was made from.
         windows: how many windows of each text; None for all it has.
         window_tokens: length of a window.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or cuda:N.
         dtype: of both models; auto is bfloat16 where the hardware multiplies it fast, else float32.
     """
 
@@ -63,7 +64,7 @@ def evaluate_artifact(
     source = find_original(config.original, manifest.source)
     if not config.texts:
         raise EvaluationError("no text to evaluate on; name at least one as NAME=FILE")
-    device = choose_device(config.device)
+    device = resolve_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     watch.report("load", 0, 2)
     loaded = load_model(artifact, device=device, dtype=str(dtype).removeprefix("torch."), backend="dense")
@@ -101,18 +102,11 @@ def find_original(asked_for: str | None, recorded: SourceInfo) -> str:
     if asked_for is not None:
         return asked_for
     remedy = "say with --original what to compare with"
-    if not Path(recorded.model).exists():
+    if not Path(recorded.model).expanduser().exists():
         raise EvaluationError(f"{recorded.model}, which the artifact was made from, is not on this machine; {remedy}")
     if WeightStore(find_folder(recorded.model)).sha256() != recorded.sha256:
         raise EvaluationError(f"{recorded.model} has other weights now than the artifact was made from; {remedy}")
     return recorded.model
-
-
-def choose_device(asked_for: str) -> str:
-    """Turn `auto` into cuda where there is a GPU, else cpu."""
-    if asked_for == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return asked_for
 
 
 def choose_dtype(asked_for: str, device: str) -> torch.dtype:

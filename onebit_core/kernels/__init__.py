@@ -1,6 +1,6 @@
 """The ops and the bit layout; the only kernel module other packages import from."""
 
-from onebit_core.kernels.backends import BACKENDS, Backend, resolve_backend
+from onebit_core.kernels.backends import BACKENDS, Backend, resolve_backend, resolve_device
 from onebit_core.kernels.ops import int_matmul, salient_matmul, sign_matmul
 from onebit_core.kernels.packing import (
     num_words,
@@ -24,6 +24,7 @@ __all__ = [
     "pack_codes",
     "pack_signs",
     "resolve_backend",
+    "resolve_device",
     "salient_matmul",
     "sign_dequantize",
     "sign_matmul",

@@ -8,7 +8,10 @@ A layer holds the name of its backend; `use_backend` sets it for a whole model. 
 that does not exist here is an error.
 """
 
+import re
 from typing import Literal, get_args
+
+import torch
 
 from onebit_core.errors import BackendUnavailable
 
@@ -28,3 +31,26 @@ def resolve_backend(name: str) -> Backend:
         if name == backend:
             return backend
     raise BackendUnavailable(f"backend {name!r} does not exist; available here: auto, {', '.join(BACKENDS)}")
+
+
+def resolve_device(name: str) -> str:
+    """Return the device of a user's choice; auto is the first GPU, or the CPU where there is none.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        BackendUnavailable: another name, or a GPU that this machine does not have.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    match = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
+    if match is None:
+        raise BackendUnavailable(f"device {name!r} does not exist; use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise BackendUnavailable(f"device {name!r}: this machine has no CUDA device; use cpu")
+    if int(match[1] or 0) >= torch.cuda.device_count():
+        raise BackendUnavailable(f"device {name!r}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return name

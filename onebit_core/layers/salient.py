@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from onebit_core.errors import CorruptArtifact
 from onebit_core.kernels import num_words, pack_bits, unpack_bits
 from onebit_core.layers.spec import SALIENT_BLOCK, LayerSpec, SalientSpec
 
@@ -97,6 +98,20 @@ class SalientPart(nn.Module):
         blocks_of_N = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts.flatten())
         rows, blocks = blocks_of_N // counts.shape[1], blocks_of_N % counts.shape[1]
         return rows, blocks * SALIENT_BLOCK + self.get_buffer("columns").long()
+
+    def check(self) -> None:
+        """Refuse an index from a file that points outside of the matrix: kernels trust it.
+
+        Raises:
+            CorruptArtifact: it names another number of places than there are codes, or a column past the last.
+        """
+        bitmap = self.spec.index == "bitmap"
+        count = self.places()[0].numel() if bitmap else int(self.get_buffer("counts").sum(dtype=torch.int64))
+        if count != self.spec.count or int(self.places()[1].max()) >= self.in_features:
+            raise CorruptArtifact(
+                f"the salient index names {count} places of a {self.out_features} x {self.in_features} matrix for "
+                f"{self.spec.count} codes, or columns outside of it"
+            )
 
     def values(self, rows: Tensor) -> Tensor:
         """Return the weights, float32 [N], for the rows that `places` gave."""

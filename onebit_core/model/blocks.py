@@ -78,9 +78,20 @@ def layout_of(architecture: str) -> BlockLayout:
 
 
 def blocks_of(model: nn.Module, layout: BlockLayout) -> nn.ModuleList:
-    """Return the list of decoder blocks."""
-    blocks = model.get_submodule(layout.blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    """Return the list of decoder blocks.
+
+    Raises:
+        UnsupportedModel: the model has none there, or an empty list.
+    """
+    try:
+        blocks = model.get_submodule(layout.blocks)
+    except AttributeError:
+        blocks = None
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no decoder blocks at {layout.blocks}; "
+            "do model_type, architectures and num_hidden_layers of config.json belong together?"
+        )
     return blocks
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onebit_core.errors import ModelError, UnsupportedModel
+from onebit_core.errors import ModelError, UnsupportedModel, first_line
 
 GGUF_MAGIC = b"GGUF"
 
@@ -28,13 +29,17 @@ def convert_gguf(file: Path, cache: Path | None = None) -> Path:
 
     Raises:
         UnsupportedModel: not a GGUF file, or one transformers cannot convert.
-        ModelError: the cache cannot be written.
+        ModelError: the file cannot be read, or the cache cannot be written.
     """
-    with file.open("rb") as stream:
-        if stream.read(4) != GGUF_MAGIC:
-            raise UnsupportedModel(f"{file}: does not start like a GGUF file")
+    try:
+        with file.open("rb") as stream:
+            if stream.read(4) != GGUF_MAGIC:
+                raise UnsupportedModel(f"{file}: does not start like a GGUF file")
+        name = _sha256(file)[:32]
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
     cache = cache or Path.home() / ".cache" / "onebit" / "originals"
-    folder = cache / _sha256(file)[:32]
+    folder = cache / name
     if (folder / "config.json").is_file():
         return folder
     try:
@@ -58,10 +63,13 @@ def _convert(file: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16, **_dense()
         )
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise UnsupportedModel(f"{file}: transformers cannot convert it ({str(error).splitlines()[0]})") from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise UnsupportedModel(f"{file}: transformers cannot convert it ({first_line(error)})") from error
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder.parent}: cannot hold the converted GGUF file ({first_line(error)})") from error
 
 
 def _dense() -> dict[str, Any]:

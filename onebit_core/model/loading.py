@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from onebit_core.errors import ModelNotFound, NotEnoughMemory, UnsupportedModel
+from onebit_core.errors import ModelNotFound, NotEnoughMemory, UnsupportedModel, first_line
 from onebit_core.model.blocks import BlockLayout, blocks_of, layout_of
 from onebit_core.model.gguf import convert_gguf
 from onebit_core.model.weights import WeightStore
@@ -42,15 +42,22 @@ class OriginalModel:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.config = read_config(folder)
-        self.architecture = (getattr(self.config, "architectures", None) or ["unknown"])[0]
+        self.architecture = _architecture(self.config, folder)
         self.layout: BlockLayout = layout_of(self.architecture)
         self.store = WeightStore(folder)
         self.tokenizer = read_tokenizer(folder)
-        self.model = build_skeleton(self.config)
+        self.model = self._skeleton()
         self.blocks: nn.ModuleList = blocks_of(self.model, self.layout)
         self._tied = set(self.model.all_tied_weights_keys)
         named = self.model.named_parameters()
         self.num_parameters = sum(tensor.numel() for name, tensor in named if name not in self._tied)
+
+    def _skeleton(self) -> PreTrainedModel:
+        """Build the model without weights; an error names the folder."""
+        try:
+            return build_skeleton(self.config)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{self.folder}: {error}") from error
 
     def load_outer(self, device: str) -> None:
         """Read everything outside of the blocks (embedding, final norm, head), as float32."""
@@ -118,14 +125,21 @@ def load_original(
 
     Raises:
         ModelNotFound: no such folder, file or hub id.
-        UnsupportedModel: transformers does not know it, or no safetensors weights.
+        UnsupportedModel: transformers does not know it, no safetensors weights, or a tensor missing or misshapen.
     """
     folder = find_folder(name)
     config = read_config(folder)
     WeightStore(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise UnsupportedModel(f"{folder}: transformers cannot load it ({first_line(error)})") from error
+    model, problems = loaded
+    if problems["missing_keys"]:  # transformers would go on with random numbers in their place
+        name = min(problems["missing_keys"])
+        raise UnsupportedModel(f"{folder}: the weights hold no tensor {name!r}, which the architecture needs")
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model.to(device), read_tokenizer(folder)
@@ -136,13 +150,18 @@ def find_folder(name: str) -> Path:
 
     Raises:
         ModelNotFound: it is none of these.
+        UnsupportedModel: a file that is no GGUF file, or one that transformers cannot convert.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise ModelNotFound(f"{name}: not a path this machine can follow ({first_line(error)})") from error
+    if is_folder:
         if not (path / "config.json").is_file():
             raise ModelNotFound(f"{name}: a folder without config.json is not a Hugging Face model")
         return path
-    if path.is_file():
+    if is_file:
         if path.suffix != ".gguf":
             raise UnsupportedModel(f"{name}: a file must be a .gguf; give the model's folder for other formats")
         return convert_gguf(path)
@@ -154,12 +173,12 @@ def find_folder(name: str) -> Path:
 def _download(name: str) -> Path:
     """Fetch a hub model's safetensors, configuration and tokenizer."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = first_line(error)
         raise ModelNotFound(f"{name}: no such folder, and the hub did not deliver it ({reason})") from error
 
 
@@ -171,11 +190,23 @@ def read_config(folder: Path) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise UnsupportedModel(f"{folder}: config.json cannot be used ({str(error).splitlines()[0]})") from error
+    except Exception as error:
+        raise UnsupportedModel(f"{folder}: config.json cannot be used ({first_line(error)})") from error
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(f"{folder}: the model is already quantized; give the original")
     return config
+
+
+def _architecture(config: Any, folder: Path) -> str:
+    """Return the name of the model's class, as config.json gives it."""
+    match getattr(config, "architectures", None):
+        case [str(name), *_]:
+            return name
+        case other:
+            raise UnsupportedModel(
+                f"{folder}: config.json has architectures {other!r}; it must name the model's class, "
+                f'such as ["LlamaForCausalLM"]'
+            )
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -187,8 +218,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UnsupportedModel(f"{folder}: no usable tokenizer ({reason})") from error
+        raise UnsupportedModel(f"{folder}: no usable tokenizer ({first_line(error)})") from error
     return tokenizer
 
 
@@ -197,17 +227,20 @@ def build_skeleton(config: Any) -> PreTrainedModel:
 
     Raises:
         NotEnoughMemory: a single weight is larger than the machine's memory.
+        UnsupportedModel: transformers cannot build it from these values.
     """
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False):  # attention: sdpa, or eager where a model has only that
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                config, dtype=torch.float32, trust_remote_code=False
             )
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        total = psutil.virtual_memory().total / 2**30
-        raise NotEnoughMemory(f"a single weight of the model is larger than this machine's {total:.0f} GiB") from error
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            total = psutil.virtual_memory().total / 2**30
+            reason = f"a single weight of the model is larger than this machine's {total:.0f} GiB"
+            raise NotEnoughMemory(reason) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UnsupportedModel(f"config.json: transformers cannot build a model of its values ({reason})") from error
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from onebit_core.errors import BadWeight, ModelNotFound, UnsupportedModel
+from onebit_core.errors import BadWeight, ModelNotFound, UnsupportedModel, first_line
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -22,7 +22,7 @@ class WeightStore:
     """Named tensors of a folder.
 
     Raises:
-        UnsupportedModel: the folder holds no safetensors weights.
+        UnsupportedModel: the folder holds no safetensors weights, or a file of them is damaged.
         ModelNotFound: the index names a file that is not there.
     """
 
@@ -82,12 +82,20 @@ class WeightStore:
         return self._readers[file]
 
 
+def _indexed_names(index: Path) -> list[str]:
+    """Return the names of the files an index lists, without folders: nothing outside of the model's is opened."""
+    try:
+        return sorted({Path(name).name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = first_line(error)
+        raise UnsupportedModel(f"{index}: has no weight_map of tensors to files ({reason}); fetch it again") from error
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder."""
     index = folder / INDEX_FILE
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / Path(name).name for name in names]
+        files = [folder / name for name in _indexed_names(index)]
     else:
         files = sorted(folder.glob("*.safetensors"))
     for file in files:

@@ -19,7 +19,7 @@ class CalibrationConfig(StrictConfig):
         text: sources (onebit_core.calibration.sources); several are mixed in equal shares.
         samples: windows in all.
         tokens: tokens per window.
-        seed: of the windows' places.
+        seed: of the windows' places, 0 to 2**63 - 1.
         first_token_weight: how much the first token of a window counts in the statistics of attention's inputs.
     """
 
@@ -36,6 +36,8 @@ class CalibrationConfig(StrictConfig):
             raise ConfigError(
                 f"calibration: {self.samples} samples of {self.tokens} tokens; at least 1 sample of 2 tokens is needed"
             )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"calibration.seed {self.seed}: from 0 to 2**63 - 1")
         if self.first_token_weight <= 0:
             raise ConfigError(f"calibration.first_token_weight {self.first_token_weight}: must be positive")
 

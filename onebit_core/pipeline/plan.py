@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import psutil
+from torch import nn
 
 from onebit_core.errors import ConfigError, NotEnoughMemory
 from onebit_core.methods import Method, method_named
@@ -36,10 +37,16 @@ def make_plan(original: OriginalModel, config: QuantizeConfig) -> Plan:
     """Check a configuration against a model.
 
     Raises:
-        ConfigError: settings that do not fit a layer's shape, or samples longer than the model's context.
+        ConfigError: settings that do not fit a layer's shape, samples longer than the model's context, or an
+            embedding that cannot be stored in 8 bit.
         UnsupportedModel: a block without the linears of its architecture.
         NotEnoughMemory: one block with its statistics and activations does not fit.
     """
+    embedding = type(original.model.get_input_embeddings())
+    if config.embedding_bits == 8 and embedding is not nn.Embedding:
+        raise ConfigError(
+            f"embedding_bits 8: the model's embedding is a {embedding.__name__}, not a plain table; use 16"
+        )
     method = method_named(config.method)
     settings = config.method_settings()
     for index, block in enumerate(original.blocks):

@@ -1,6 +1,6 @@
 """Finished blocks on disk: a run that was stopped continues after the last one.
 
-    WORK/run.json                fingerprints of configuration and original
+    WORK/run.json                fingerprints of configuration, original and calibration tokens
     WORK/block_0007.safetensors  packed tensors of block 7; its metadata holds specs and reports
 
 A block file appears at once (written beside, renamed) and only when its block is complete. The activations are not
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from onebit_core.artifact.manifest import LayerReport
-from onebit_core.errors import ConfigError, CorruptArtifact
+from onebit_core.errors import ArtifactError, ConfigError, CorruptArtifact, first_line
 from onebit_core.layers import LayerSpec, QuantizedLinear, build_layer
 
 RUN_FILE = "run.json"
@@ -28,24 +28,35 @@ class WorkFolder:
     """The finished blocks of one run.
 
     Raises:
-        ConfigError: the folder belongs to another run.
+        ConfigError: the folder belongs to another run, or cannot be made.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         run = folder / RUN_FILE
-        if run.is_file():
-            if json.loads(run.read_text(encoding="utf-8")) != fingerprint:
-                raise ConfigError(
-                    f"{folder}: holds blocks of another run (other model or settings); "
-                    "choose another --work-dir, or remove it"
-                )
-        else:
-            run.write_text(json.dumps(fingerprint), encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not run.is_file():
+                temporary = run.with_suffix(".writing")
+                temporary.write_text(json.dumps(fingerprint), encoding="utf-8")
+                temporary.replace(run)
+            found = json.loads(run.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{folder}: cannot hold finished blocks ({first_line(error)}); choose another --work-dir, or remove it"
+            ) from error
+        if found != fingerprint:
+            raise ConfigError(
+                f"{folder}: holds blocks of another run (other model, settings or calibration text); "
+                "choose another --work-dir, or remove it"
+            )
 
     def save(self, index: int, result: BlockResult) -> None:
-        """Keep a finished block."""
+        """Keep a finished block.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
         tensors = {
             f"{name}:{child}": tensor.contiguous().cpu()
             for name, (layer, _) in result.items()
@@ -56,8 +67,12 @@ class WorkFolder:
             for name, (layer, report) in result.items()
         }
         temporary = self._file(index).with_suffix(".writing")
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.replace(self._file(index))
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            temporary.replace(self._file(index))
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)
+            raise ArtifactError(f"{self._file(index)}: cannot be written ({first_line(error)})") from error
 
     def load(self, index: int) -> BlockResult | None:
         """Return a finished block, or None if it has yet to be done.
@@ -81,8 +96,10 @@ class WorkFolder:
                         else:
                             tensor.copy_(stored)
                     result[name] = (layer, LayerReport.from_dict(values["report"]))
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise CorruptArtifact(f"{file}: damaged ({error}); remove it to compute the block again") from error
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
+            raise CorruptArtifact(
+                f"{file}: damaged ({first_line(error)}); remove it to compute the block again"
+            ) from error
         return result
 
     def _file(self, index: int) -> Path:

@@ -6,6 +6,7 @@ the calibration samples, and the packed layers.
 """
 
 import dataclasses
+import hashlib
 import time
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from onebit_core.artifact.manifest import LayerReport, Report
 from onebit_core.artifact.writer import ArtifactDraft, refuse_existing, write_artifact
 from onebit_core.calibration.sampling import CalibrationTokens, sample_tokens
 from onebit_core.calibration.statistics import InputStatistics
-from onebit_core.errors import BackendUnavailable, BadWeight
+from onebit_core.errors import BadWeight, CalibrationError
+from onebit_core.kernels import resolve_device
 from onebit_core.layers import QuantizedLinear
 from onebit_core.methods.second_order import output_error, weight_error
 from onebit_core.model.blocks import linear_of
@@ -53,7 +55,7 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
     plan = make_plan(original, config)
     device = resolve_device(config.device)
     tokens = _calibration_tokens(original, config) if plan.calibrated else None
-    folder = WorkFolder(work, _fingerprint(original, config)) if work else None
+    folder = WorkFolder(work, _fingerprint(original, config, tokens)) if work else None
     original.load_outer(device)
     watch.report("load", 1, 1, model=config.model, blocks=plan.num_blocks)
 
@@ -85,21 +87,8 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
         report=Report(layers=tuple(reports), seconds={"quantize": round(time.monotonic() - started, 1)}),
     )
     write_artifact(original, draft, out)
-    watch.report("write", 1, 1, artifact=str(out))
+    watch.tell("write", 1, 1, artifact=str(out))  # the artifact is there: too late to cancel
     return out
-
-
-def resolve_device(device: str) -> str:
-    """Return the device of a user's choice; auto is the first GPU, or the CPU where there is none.
-
-    Raises:
-        BackendUnavailable: CUDA was asked for and is not there.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BackendUnavailable(f"device {device!r}: this machine has no CUDA device; use cpu")
-    return device
 
 
 def default_name(config: QuantizeConfig) -> str:
@@ -144,6 +133,11 @@ def _quantize_block(
             # The first group reads attention's input, where the first token is the sink of all others.
             weight = config.calibration.first_token_weight if position == 0 else 1.0
             statistics = captured.statistics(block, group[0], weight)
+            if not torch.isfinite(statistics.hessian_II).all():
+                raise CalibrationError(
+                    f"block {index}, {group[0]}: its inputs are not finite on the calibration text; "
+                    "the original overflows in float32, or its weights are damaged"
+                )
         for name in group:
             result[name] = _quantize_linear(block, index, name, statistics, (plan, config))
             replace_module(block, name, result[name][0])
@@ -182,15 +176,22 @@ def _quantize_linear(
 
 
 def _calibration_tokens(original: OriginalModel, config: QuantizeConfig) -> CalibrationTokens:
-    """Draw the calibration windows."""
+    """Draw the calibration windows; all ids are rows of the embedding."""
     calibration = config.calibration
-    return sample_tokens(
+    tokens = sample_tokens(
         original.tokenizer,
         calibration.text,
         samples=calibration.samples,
         tokens=calibration.tokens,
         seed=calibration.seed,
     )
+    rows, largest = original.config.get_text_config().vocab_size, int(tokens.ids_ST.max())
+    if largest >= rows:
+        raise CalibrationError(
+            f"{original.folder}: the tokenizer gives id {largest}, and the embedding has {rows} rows; "
+            "tokenizer and weights are not of the same model"
+        )
+    return tokens
 
 
 def _calibration_record(config: QuantizeConfig, tokens: CalibrationTokens | None) -> dict[str, object]:
@@ -200,9 +201,14 @@ def _calibration_record(config: QuantizeConfig, tokens: CalibrationTokens | None
     return {**config.calibration.to_dict(), "fingerprints": tokens.fingerprints}
 
 
-def _fingerprint(original: OriginalModel, config: QuantizeConfig) -> dict[str, str]:
-    """Return what must be equal for a run to continue another."""
-    return {"config": config.fingerprint(), "source": original.store.sha256()}
+def _fingerprint(original: OriginalModel, config: QuantizeConfig, tokens: CalibrationTokens | None) -> dict[str, str]:
+    """Return what must be equal for a run to continue another; tokens, since text behind the same name may change."""
+    ids = b"" if tokens is None else tokens.ids_ST.numpy().astype("<i4").tobytes()
+    return {
+        "config": config.fingerprint(),
+        "source": original.store.sha256(),
+        "calibration": hashlib.sha256(ids).hexdigest(),
+    }
 
 
 def _mean_error(reports: list[LayerReport]) -> float:

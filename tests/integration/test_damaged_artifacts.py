@@ -109,6 +109,32 @@ def test_an_unknown_layer_is_refused(artifact):
         load_model(artifact)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": ["a"]}, "layers of type list"),
+        ({"embedding_bits": 4}, "embedding_bits 4"),
+        ({"format_version": "1"}, "config.json"),
+        ({"layers": {"model.embed_tokens": {"format": "sign", "in_features": 64, "out_features": 320}}}, "Embedding"),
+        ({"layers": {SIGNS.removesuffix(".signs"): {"format": "sign", "in_features": 64, "out_features": 128,
+                                                    "planes": 10**18}}}, "config.json"),
+    ],
+)  # fmt: skip
+def test_an_impossible_quantization_config_is_refused(artifact, change, message):
+    """Values of a wrong type or size are no traceback."""
+    edit_json(artifact / "config.json", lambda values: values["quantization_config"].update(change))
+    with pytest.raises(CorruptArtifact, match=message):
+        load_model(artifact)
+
+
+def test_salient_places_that_do_not_fit_their_codes_are_refused(artifact):
+    """Kernels trust the index, so a reader does not."""
+    bitmap = SIGNS.replace("signs", "salient.bitmap")
+    rewrite(artifact, lambda tensors: tensors[bitmap].zero_())
+    with pytest.raises(CorruptArtifact, match=r"up_proj.salient: the salient index names 0 places"):
+        load_model(artifact, verify=False)
+
+
 def test_a_foreign_folder_is_not_an_artifact(tiny_llama, tmp_path):
     """Plain models and empty folders are refused in one sentence."""
     for folder in (tiny_llama, tmp_path, tmp_path / "nowhere"):

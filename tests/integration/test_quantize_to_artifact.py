@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from onebit_core.artifact.reader import load_model, read_manifest, read_report
-from onebit_core.errors import ArtifactError, ConfigError
+from onebit_core.errors import ArtifactError, CalibrationError, ConfigError
 from onebit_core.layers import QuantizedLinear
 from onebit_core.methods import METHODS
 from onebit_core.model.loading import load_original
 from onebit_core.progress import ProgressEvent, Watch
 from tests.support.quantized import quantize_tiny
-from tests.support.tiny_model import save_tiny_model
+from tests.support.tiny_model import byte_tokenizer, save_tiny_model
 
 IDS = torch.arange(3, 40)[None]
 ARCHITECTURES = ["llama", "qwen3", "opt", "gpt_neox"]
@@ -156,3 +157,40 @@ def test_what_is_not_quantized_is_copied_bit_for_bit(tmp_path):
         for name in shared:
             assert after.get_tensor(name).dtype == torch.bfloat16
             assert torch.equal(after.get_tensor(name), before.get_tensor(name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_single_block_of_odd_width_on_the_least_calibration(tmp_path, method):
+    """Rows that fill no word, one window of two tokens, one block; embedding in 8 bit."""
+    folder = save_tiny_model(tmp_path / "model", num_layers=1, hidden_size=48, intermediate_size=72, tied=False)
+    settings = {"group_size": 24} if method in ("rtn", "gptq") else {}
+    artifact = quantize_tiny(
+        folder, tmp_path / "artifact", method, settings=settings, calibration={"samples": 1, "tokens": 2},
+        embedding_bits=8,
+    )  # fmt: skip
+    dense, packed = (load_model(artifact, backend=backend).model(IDS).logits for backend in ("dense", "reference"))
+    assert torch.isfinite(dense).all()
+    torch.testing.assert_close(dense, packed, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    """An id past the embedding is named before any work."""
+    folder = save_tiny_model(tmp_path / "model", vocab_size=259)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["the"])
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("the " * 100)
+    calibration = {"samples": 1, "tokens": 32, "text": [str(tmp_path / "text.txt")]}
+    with pytest.raises(CalibrationError, match="the tokenizer gives id 259, and the embedding has 259 rows"):
+        quantize_tiny(folder, tmp_path / "artifact", "gptq", calibration=calibration)
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_activations_that_overflow_are_refused(tmp_path):
+    """They would make noise of every weight."""
+    folder = save_tiny_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.post_attention_layernorm.weight"] *= 1e25
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CalibrationError, match=r"block 0, mlp.gate_proj: its inputs are not finite"):
+        quantize_tiny(folder, tmp_path / "artifact", "gptq")

@@ -1,9 +1,11 @@
 """A run that was stopped continues after the last finished block, and ends with the same bytes."""
 
+import resource
+
 import pytest
 
 from onebit_core.artifact.reader import read_manifest
-from onebit_core.errors import Cancelled, ConfigError, CorruptArtifact
+from onebit_core.errors import ArtifactError, Cancelled, ConfigError, CorruptArtifact
 from onebit_core.pipeline.run import quantize_model
 from onebit_core.progress import CancelToken, ProgressEvent, Watch
 from tests.support.quantized import quantize_tiny, tiny_config
@@ -56,6 +58,52 @@ def test_a_work_folder_of_another_run_is_refused(tiny_llama, tmp_path):
     other = tiny_config(tiny_llama, "rtn", settings={"bits": 3, "group_size": 32})
     with pytest.raises(ConfigError, match="blocks of another run"):
         quantize_model(other, tmp_path / "b", work=tmp_path / "work")
+
+
+def test_a_calibration_text_that_changed_is_another_run(tiny_llama, tmp_path):
+    """The same path may hold other text now; its blocks must not be mixed with the old ones."""
+    text = tmp_path / "text.txt"
+    config = tiny_config(tiny_llama, "gptq", calibration={"samples": 2, "tokens": 32, "text": [str(text)]})
+    text.write_text("one and the same text " * 20)
+    quantize_model(config, tmp_path / "a", work=tmp_path / "work")
+    text.write_text("quite another text " * 20)
+    with pytest.raises(ConfigError, match="calibration text"):
+        quantize_model(config, tmp_path / "b", work=tmp_path / "work")
+
+
+def test_a_work_folder_that_cannot_be_used_is_refused(tiny_llama, tmp_path):
+    """A file in its place, or a damaged run.json."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "run.json").write_text("")
+    for name in ("file", "folder"):
+        with pytest.raises(ConfigError, match=f"{name}: cannot hold finished blocks .* --work-dir"):
+            quantize_model(tiny_config(tiny_llama, "rtn"), tmp_path / "a", work=tmp_path / name)
+
+
+def test_a_cancellation_after_the_artifact_is_there_comes_too_late(tiny_llama, tmp_path):
+    """A complete artifact is a success, not a cancelled run."""
+    token = CancelToken()
+
+    def sink(event: ProgressEvent) -> None:
+        if (event.stage, event.done) == ("write", 1):
+            token.cancel()
+
+    out = quantize_model(tiny_config(tiny_llama, "rtn"), tmp_path / "out", watch=Watch(sink=sink, cancel=token))
+    assert read_manifest(out).method == "rtn"
+
+
+@pytest.mark.parametrize("work", ["work", None])
+def test_a_full_disk_is_one_sentence(tiny_llama, tmp_path, work):
+    """Files end at 4 kB here: neither a traceback nor anything half-written."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(ArtifactError, match="cannot be written"):
+            quantize_model(tiny_config(tiny_llama, "rtn"), tmp_path / "out", work=work and tmp_path / work)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [file.name for file in tmp_path.rglob("*")] == (["work", "run.json"] if work else [])
 
 
 def test_a_damaged_block_is_named(tiny_llama, tmp_path):

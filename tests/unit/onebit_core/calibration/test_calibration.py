@@ -49,6 +49,21 @@ def test_broken_json_lines_are_named(tmp_path, content, message):
     assert message in str(caught.value)
 
 
+def test_a_json_line_ends_at_a_line_feed_only(tmp_path):
+    """JSON may hold U+2028 and U+0085 unescaped, and web text does."""
+    parts = ["a\u2028b", "c\x85d"]
+    lines = "\n".join(json.dumps({"text": part}, ensure_ascii=False) for part in parts)
+    (tmp_path / "x.jsonl").write_text(lines, encoding="utf-8")
+    assert read_text(str(tmp_path / "x.jsonl")) == "\n\n".join(parts)
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "~no-such-user/x.txt", "a\0b"])
+def test_a_path_that_cannot_be_is_refused(source):
+    """Too long, of nobody, with a zero byte."""
+    with pytest.raises(CalibrationError):
+        read_text(source)
+
+
 def draw(tmp_path, **changes):
     (tmp_path / "a.txt").write_text("".join(chr(97 + i % 26) for i in range(4000)))
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "0123456789" * 300}))

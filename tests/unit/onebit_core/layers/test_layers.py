@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from onebit_core.errors import ConfigError
+from onebit_core.errors import ConfigError, CorruptArtifact
 from onebit_core.layers import (
     GroupedIntLinear,
     LayerSpec,
@@ -79,6 +79,16 @@ def test_salient_weights_come_back_from_either_index(count, index):
     assert torch.equal(torch.stack([rows, columns], 1), weights.mask_OI.nonzero())
     expected = (weights.codes_OI[weights.mask_OI].float() - 128) * 0.5
     assert torch.equal(rebuilt.salient.values(rows), expected)
+
+
+@pytest.mark.parametrize(("name", "value"), [("columns", 255), ("counts", 100)])
+def test_a_salient_index_that_leaves_the_matrix_is_refused(name, value):
+    """A column past the last, or more places than codes."""
+    part = sign_layer(salient(6, 160, 30)).salient
+    part.check()
+    part.get_buffer(name)[-1] = value
+    with pytest.raises(CorruptArtifact, match="6 x 160 matrix"):
+        part.check()
 
 
 def test_the_smaller_index_is_chosen():
