@@ -39,16 +39,17 @@ def sample_tokens(tokenizer: Any, sources: Sequence[str], *, samples: int, token
         seed: of the place of each window inside its share of the text.
 
     Raises:
-        CalibrationError: a source is missing, or too short for its share.
+        CalibrationError: a source is missing, or too short for its share, or there are more sources than samples.
     """
+    if samples < len(sources):
+        raise CalibrationError(f"{samples} samples of {len(sources)} texts: ask for at least one sample a text")
     generator = torch.Generator().manual_seed(seed)
     windows, fingerprints = [], {}
     for index, source in enumerate(sources):
         share = samples // len(sources) + (index < samples % len(sources))
         text = read_text(source)
         fingerprints[source] = hashlib.sha256(text.encode()).hexdigest()
-        if share:
-            windows.append(_windows(tokenizer, source, text, share, tokens, generator))
+        windows.append(_windows(tokenizer, source, text, share, tokens, generator))
     return CalibrationTokens(ids_ST=torch.cat(windows), fingerprints=fingerprints)
 
 

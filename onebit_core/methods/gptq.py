@@ -3,10 +3,10 @@
 The columns of W are rounded one after the other; the error of each is moved into the columns not yet rounded, weighted
 by the inverse Hessian of the layer's inputs (onebit_core.methods.second_order).
 
-Source: arXiv:2210.17323, section 3. Where we differ: groups with a scale from the columns as they are when the sweep
-reaches them; with `act_order` (columns of large inputs first) groups stay those of the original order and their grids
-are made beforehand, so no index is stored; the calibration weights the first token up, without which GPTQ loses to
-rounding on small models (onebit_core.calibration.statistics).
+Source: arXiv:2210.17323, section 3. A group's grid is made from its columns as they are when the sweep reaches them.
+Where we differ: with `act_order` (columns of large inputs first) groups stay those of the original order and their
+grids are made beforehand, so no index is stored; ranges are searched; the calibration weights the first token up,
+without which GPTQ loses to rounding on small models (onebit_core.calibration.statistics).
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,9 @@ fit. More planes decompose what the planes before left over. With `importance` t
 square of its input.
 
 Source: OneBit, arXiv:2402.11295, section 3.3. There SVID is the START of training with distillation. Used alone, as
-here, one plane leaves noise on real models (docs/methods/svid.md has the numbers); it is the base and the baseline of
-better methods. Where we differ: power iteration in place of a full SVD, mean(g) = 1, no LayerNorm after the product.
+here, one plane leaves noise on real models (docs/methods/svid.md); it is the base and the baseline of better methods.
+Where we differ: alternating closed forms in place of a full SVD (the same optimum), mean(g) = 1, no LayerNorm after the
+product.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,12 @@
 """Each method on a tiny model: quantize, write, read back, equal logits; on several architectures."""
 
-import json
-
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from onebit_core.artifact.reader import load_model, read_manifest, read_report
+from onebit_core.calibration.sampling import sample_tokens
 from onebit_core.errors import ArtifactError, CalibrationError, ConfigError
 from onebit_core.layers import QuantizedLinear
 from onebit_core.methods import METHODS
@@ -129,14 +128,27 @@ def test_a_group_that_does_not_fit_is_refused_before_work(tiny_llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_feedback_uses_the_quantized_prefix(tiny_llama, tmp_path):
-    """Later blocks are calibrated on what the quantized earlier ones deliver, so their statistics differ."""
-    fine = quantize_tiny(tiny_llama, tmp_path / "fine", "gptq", settings={"bits": 8, "group_size": 32})
-    coarse = quantize_tiny(tiny_llama, tmp_path / "coarse", "gptq", settings={"bits": 1, "group_size": 32})
-    for path in (fine, coarse):
-        assert json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"] == "onebit"
-    errors = [read_report(path).layers[-1].output_error for path in (fine, coarse)]
-    assert errors[0] < 1e-3 < errors[1]
+def test_later_blocks_are_calibrated_on_the_quantized_prefix(tiny_llama, tmp_path):
+    """Block 1's reported error is that on inputs the artifact's own block 0 delivers, first token weighted."""
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "gptq", settings={"bits": 2, "group_size": 32})
+    compressed, tokenizer = load_model(artifact).model, load_model(artifact).tokenizer
+    original, _ = load_original(str(tiny_llama), dtype=torch.float32)
+    ids = sample_tokens(tokenizer, ["builtin:python"], samples=4, tokens=32, seed=0).ids_ST
+    name = "model.layers.1.self_attn.v_proj"
+    reported = next(layer for layer in read_report(artifact).layers if layer.name == name).output_error
+    errors = {}
+    for prefix, model in {"quantized": compressed, "original": original}.items():
+        inputs = []
+        handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, x, kept=inputs: kept.append(x[0]))
+        model(ids)
+        handle.remove()
+        x = inputs[0].double()
+        x[:, 0] *= 8.0  # the square root of the first token's weight
+        weight = original.get_submodule(name).weight.double()
+        decided = compressed.get_submodule(name).dequantize().double()
+        errors[prefix] = float((x @ (weight - decided).T).square().sum() / (x @ weight.T).square().sum())
+    assert reported == pytest.approx(errors["quantized"], rel=0.01)
+    assert reported != pytest.approx(errors["original"], rel=0.01)
 
 
 def test_what_is_not_quantized_is_copied_bit_for_bit(tmp_path):

@@ -82,6 +82,12 @@ def test_windows_are_spread_over_all_texts(tmp_path):
     assert set(map(len, tokens.fingerprints.values())) == {64}
 
 
+def test_every_text_gets_a_sample(tmp_path):
+    """A text that would not be used is refused, so that the fingerprints name only what was."""
+    with pytest.raises(CalibrationError, match="1 samples of 2 texts"):
+        draw(tmp_path, samples=1)
+
+
 def test_the_seed_decides(tmp_path):
     """Same seed, same windows; another seed, other ones."""
     assert torch.equal(draw(tmp_path).ids_ST, draw(tmp_path).ids_ST)
