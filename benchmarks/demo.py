@@ -10,6 +10,7 @@ import argparse
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -77,6 +78,7 @@ def serve(artifact: Path, port: int) -> None:
     """Start the server, ask it one question, and leave it running until interrupted."""
     words = [str(artifact), "--port", str(port)]
     print(f"\n$ onebit-serve {shlex.join(words)}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the server below must not outlive us
     server = subprocess.Popen(command("onebit-serve", *words))
     try:
         wait_until_ready(server, port)
