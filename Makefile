@@ -44,7 +44,8 @@ test: install
 demo: install
 	$(BIN)/python -m benchmarks.demo $(ARGS)
 
-# Every method at its usual settings on the sample model: the README's table. Takes hours on two cores.
+# Every method at its usual settings on the sample model: the README's table. Takes hours on two cores; needs texts:
+# ARGS="--work DIR --text NAME=FILE --windows NAME=COUNT --calibration FILE", see benchmarks/README.md.
 quality: install
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 

@@ -5,7 +5,7 @@
 Source: GPTQ, arXiv:2210.17323, section 3. We differ in the weights w_t: the first token of a sequence is the attention
 sink. Every later token reads it, but it is one of a thousand rows of H, so an error feedback moves the error into its
 direction for free and the whole sequence receives it through the values. Weighting it up (default 64 for the inputs of
-attention) repairs that; docs/methods/gptq.md has our measurements.
+attention) repairs that.
 
 Shape suffixes: S = samples, T = tokens of a sample, I = input features.
 """
