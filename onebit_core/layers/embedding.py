@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onebit_core.kernels import Backend
+from onebit_core.layers.grid import SMALLEST_SCALE
 
 
 class QuantizedEmbedding(nn.Module):
@@ -32,7 +33,7 @@ class QuantizedEmbedding(nn.Module):
     @torch.no_grad()
     def fill(self, weight_VD: Tensor) -> None:
         """Quantize a table, floating [V, D], into this module."""
-        scale_V = (weight_VD.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float16).tiny).half()
+        scale_V = (weight_VD.float().abs().amax(1) / 127).clamp(min=SMALLEST_SCALE).half()
         self.scale.copy_(scale_V)
         self.codes.copy_((weight_VD.float() / scale_V.float()[:, None]).round().clamp(-127, 127))
 

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE = 2.0**-20
+"""Below it a subnormal float16 has less than four bits left; weights that small are zeros of their layer."""
+
 SHRINK_STEPS = tuple(1.0 - 0.04 * step for step in range(13))
 
 
@@ -50,7 +53,7 @@ def min_max_grid(weight_OK: Tensor, bits: int) -> Grid:
 def _grid_of_range(low_O: Tensor, high_O: Tensor, bits: int) -> Grid:
     """Return the grid whose ends are low <= 0 <= high."""
     step_O = (high_O - low_O) / (2**bits - 1)
-    scale_O = round_to_float16(step_O.clamp(min=torch.finfo(torch.float16).tiny))  # it divides
+    scale_O = round_to_float16(step_O.clamp(min=SMALLEST_SCALE))  # it divides
     zero_O = torch.round(-low_O / scale_O).clamp_(0, 2**bits - 1)
     return Grid(scale_O, zero_O, bits)
 

@@ -109,6 +109,13 @@ def test_gptq_takes_any_group_that_divides(group_size):
     assert output_error(weight, fed_back, statistics.hessian_II) < output_error(weight, rounded, statistics.hessian_II)
 
 
+def test_small_weights_keep_their_levels():
+    """Weights of 2e-4 have steps below the smallest normal float16; 8 bits of them are still 8 bits."""
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * 2e-4
+    decided = quantize_rtn(weight, None, RtnConfig(bits=8)).dequantize()
+    assert weight_error(weight, decided) < 1e-4
+
+
 def test_svid_is_exact_when_magnitudes_are_rank_one():
     """Signs over a rank-one magnitude come back up to float16 scales."""
     signs = torch.tensor([[1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]])
