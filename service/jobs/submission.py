@@ -23,6 +23,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{
 TEXT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 BUILTIN_TEXTS = (BUILTIN, BUILTIN_HELDOUT)
 
+INSIDE = "an existing path inside job_sources or artifact_root, where relative paths are looked up"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
@@ -81,7 +83,7 @@ def resolve_model(model: str, settings: Settings) -> str:
     if settings.allow_hub and HUB_ID.fullmatch(model):
         return model
     hub = "or a hub id" if settings.allow_hub else "hub ids are off (--allow-hub)"
-    raise BadRequest(f"model must be an existing path inside job_sources or artifact_root; {hub}", param="model")
+    raise BadRequest(f"model must be {INSIDE}; {hub}", param="model")
 
 
 def resolve_text(text: str, settings: Settings, param: str) -> str:
@@ -94,7 +96,7 @@ def resolve_text(text: str, settings: Settings, param: str) -> str:
         return text
     path = _open_path(text, settings)
     if path is None:
-        raise BadRequest(f"{param} must be an existing path inside job_sources or artifact_root", param=param)
+        raise BadRequest(f"{param} must be {INSIDE}", param=param)
     return str(path)
 
 
