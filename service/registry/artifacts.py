@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from onebit_core.artifact.identity import read_manifest, read_report
 from onebit_core.artifact.manifest import Manifest, Report
 from onebit_core.errors import CorruptArtifact
 from service.log import adopt_logger
@@ -15,8 +16,6 @@ def read_identity(path: Path) -> tuple[Manifest, Report]:
     Raises:
         ArtifactError: it is missing, not an artifact, or written by a newer version.
     """
-    from onebit_core.artifact.reader import read_manifest, read_report  # imports torch: only where it is needed
-
     return read_manifest(path), read_report(path)
 
 
