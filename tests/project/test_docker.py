@@ -81,6 +81,17 @@ def test_both_images_run_as_an_ordinary_user(target: str) -> None:
     assert stage(target)[0] == f"FROM runtime AS {target}"
 
 
+def test_images_hold_the_cpu_kernels_and_no_compiler() -> None:
+    """The stage that makes the wheel fails without the C library; what is shipped installs that wheel."""
+    wheel = stage("wheel")
+    (build,) = [number for number, line in enumerate(wheel) if "pip wheel" in line]
+    assert wheel.index("ENV REQUIRE_CPU_LIBRARY=1") < build
+    for name in ("runtime", "cpu", "cuda", "dependencies", "dependencies-cpu", "dependencies-cuda"):
+        assert not [line for line in stage(name) if "gcc" in line or "apt-get" in line]
+    for target in ("cpu", "cuda"):
+        assert "COPY --from=wheel /wheels /opt/dist" in stage(target)
+
+
 def test_entrypoint_is_the_server_itself() -> None:
     """No shell stands between a signal and the server, and its flags can be added to `docker run`."""
     assert json.loads(value(stage("runtime"), "ENTRYPOINT")) == ["onebit-serve"]

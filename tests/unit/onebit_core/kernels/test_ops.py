@@ -3,7 +3,25 @@
 import pytest
 import torch
 
-from onebit_core.kernels import int_matmul, num_words, pack_codes, pack_signs, salient_matmul, sign_matmul
+from onebit_core.errors import BackendUnavailable
+from onebit_core.kernels import (
+    LinearOperands,
+    Packed,
+    code_terms,
+    dense_weight,
+    factor_matmul,
+    int_matmul,
+    lut_matmul,
+    num_words,
+    pack_codes,
+    pack_signs,
+    packed_backend,
+    packed_matmul,
+    resolve_backend,
+    salient_matmul,
+    sign_matmul,
+    unpack_signs,
+)
 
 EMPTY = torch.empty(0)
 
@@ -88,6 +106,80 @@ def test_int_matmul_is_its_formula(bits, rows, columns, groups):
     torch.testing.assert_close(actual.double(), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(1, 1, 1), (3, 33, 3), (5, 64, 2)])
+def test_lut_matmul_is_its_formula(rows, columns, groups):
+    """Every weight is one of the four levels of its group."""
+    draw = generator(rows)
+    index = torch.randint(0, 4, (rows, columns), generator=draw)
+    levels = torch.randn(rows, groups, 4, generator=draw)
+    x = torch.randn(4, columns, generator=draw)
+    weight = torch.tensor(
+        [[levels[o, i * groups // columns, index[o, i]].item() for i in range(columns)] for o in range(rows)]
+    )
+    actual = lut_matmul(x, pack_codes(index, 2), levels)
+    torch.testing.assert_close(actual.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (7, 40, 33)])
+def test_factor_matmul_is_its_formula(rows, columns, rank):
+    """Y = u * (U (v * (V (g * x)))), in float64."""
+    draw = generator(rank)
+    down, up = torch.randn(rank, columns, generator=draw), torch.randn(rows, rank, generator=draw)
+    scales = [torch.rand(size, generator=draw) for size in (columns, rank, rows)]
+    x = torch.randn(4, columns, generator=draw)
+    scale_in, scale_mid, scale_out = (scale.double() for scale in scales)
+    v, u = (unpack_signs(pack_signs(factor), factor.shape[1]).double() for factor in (down, up))
+    expected = (((x.double() * scale_in) @ v.T * scale_mid) @ u.T) * scale_out
+    actual = factor_matmul(x, pack_signs(down), pack_signs(up), *scales)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def packed_on_cpu() -> tuple[LinearOperands, Packed]:
+    """A weight of 3-bit codes in groups, packed for the C backend; skips where that one cannot run."""
+    try:
+        resolve_backend("cpu")
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    draw = generator()
+    codes, zero = torch.randint(0, 8, (6, 64), generator=draw), torch.randint(0, 8, (1, 12), generator=draw)
+    terms = code_terms(pack_codes(codes, 3), torch.rand(6, 2, generator=draw), pack_codes(zero, 3)[:, 0])
+    operands = LinearOperands(out_features=6, in_features=64, planes=terms, bias_O=torch.randn(6, generator=draw))
+    return operands, packed_backend("cpu").pack(operands)
+
+
+def test_packed_matmul_takes_any_leading_shape():
+    """Also none at all, no tokens, and an x whose columns are not contiguous."""
+    operands, packed = packed_on_cpu()
+    weight, bias = dense_weight(operands).double(), operands.bias_O.double()
+    for shape in ((64,), (0, 64), (2, 3, 64), (2, 0, 64)):
+        x = torch.randn(*shape, generator=generator())
+        torch.testing.assert_close(
+            packed_matmul(x, packed).double(), x.double() @ weight.T + bias, rtol=1e-3, atol=1e-3
+        )
+    x = torch.randn(64, 5, generator=generator()).T
+    torch.testing.assert_close(packed_matmul(x, packed), packed_matmul(x.contiguous(), packed), rtol=0, atol=0)
+
+
+def test_packed_matmul_refuses_another_width():
+    """With both numbers in the message."""
+    _, packed = packed_on_cpu()
+    with pytest.raises(ValueError, match="63 input features, the weight has 64"):
+        packed_matmul(torch.zeros(1, 63), packed)
+
+
+def test_packed_matmul_is_one_opaque_op_to_the_compiler():
+    """Fullgraph and dynamic shapes: one graph serves every number of tokens."""
+    _, packed = packed_on_cpu()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return packed_matmul(x * 2, packed) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (1, 3, 17):
+        x = torch.randn(tokens, 64, generator=generator(tokens))
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 def test_salient_matmul_adds_single_entries():
     """Each entry contributes delta * x[column] to its row."""
     x = torch.tensor([[1.0, 2.0, 3.0]])
@@ -129,5 +221,26 @@ def test_ops_keep_the_rules_of_torch_library():
             (x, torch.tensor([0]), torch.tensor([1]), torch.tensor([2.0]), 3),
             test_utils=tests,
         ),
+        torch.library.opcheck(
+            torch.ops.onebit.lut_matmul.default,
+            (x, pack_codes(torch.zeros(3, 64, dtype=torch.int32), 2), torch.ones(3, 2, 4)),
+            test_utils=tests,
+        ),
+        torch.library.opcheck(
+            torch.ops.onebit.factor_matmul.default,
+            (x, pack_signs(torch.ones(4, 64)), pack_signs(torch.ones(3, 4)), *map(torch.ones, (64, 4, 3))),
+            test_utils=tests,
+        ),
     ]
     assert all(outcome == "SUCCESS" for result in results for outcome in result.values())
+
+
+def test_the_packed_op_keeps_the_rules_of_torch_library():
+    """Like the others, with a list of tensors and a list of sizes."""
+    _, packed = packed_on_cpu()
+    outcome = torch.library.opcheck(
+        torch.ops.onebit.packed_matmul.default,
+        (torch.randn(5, 64), list(packed.parts), list(packed.layout)),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert all(result == "SUCCESS" for result in outcome.values())
