@@ -99,18 +99,24 @@ class EngineMetrics:
         self.request_generation_tokens = histogram(
             "onebit_request_generation_tokens", "Completion length of a sequence.", TOKEN_LENGTH_BUCKETS
         )
+        self.info = Gauge(
+            "onebit_engine_info",
+            "What computes, always 1: backend of the packed layers with its instruction set, device, activation dtype.",
+            ["model", "backend", "device", "dtype"],
+            registry=registry,
+        )
 
     def start_series(self, model: str) -> None:
         """Show every series of a model at zero, so that rates exist before the first request."""
         for metric in vars(self).values():
-            if metric is not self.success:
+            if metric not in (self.success, self.info):
                 metric.labels(model)
         for reason in FINISHED_REASONS:
             self.success.labels(model, reason)
 
     def end_series(self, model: str) -> None:
         """Take the gauges of an unloaded model away; its counters stay, as Prometheus expects of counters."""
-        for gauge in (self.running, self.waiting, self.cache_usage):
+        for gauge in (self.running, self.waiting, self.cache_usage, self.info):
             gauge.remove_by_labels({"model": model})
 
 

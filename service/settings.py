@@ -58,8 +58,9 @@ class Settings(BaseSettings):
     )
     backend: str = Field(
         default="auto",
-        description="How packed layers compute: reference unpacks at every call (least memory), "
-        "dense unpacks once at load (fast, memory of the original).",
+        description="How packed layers compute: cpu and triton multiply packed bits (fast, least memory), "
+        "dense unpacks once at load (memory of the original), reference unpacks at every call (slow). "
+        "auto is cpu or triton by the device, or dense, with a warning, where that one cannot run.",
     )
     page_size: int = Field(default=16, ge=1, le=1024, description="Token positions in one page of KV cache.")
     kv_cache_bytes: int = Field(

@@ -6,6 +6,7 @@ loads it through the registered quantizer. No method code is imported: an artifa
 """
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from onebit_core.errors import (
     UnsupportedFormat,
     first_line,
 )
-from onebit_core.kernels import resolve_backend, resolve_device
-from onebit_core.layers import SalientPart, use_backend
+from onebit_core.kernels import Backend, describe_backend, resolve_backend, resolve_device
+from onebit_core.layers import SalientPart, pack_layers, use_backend
+from onebit_core.model.blocks import shared_inputs
 from onebit_core.model.loading import build_skeleton, read_tokenizer
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "resolve_dtype",
     "weights_sha256",
 ]
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -77,13 +81,13 @@ def load_model(
     Raises:
         ArtifactError: not an artifact, of a newer version, or damaged.
         NotEnoughMemory: the machine has too little free memory.
-        BackendUnavailable: no such backend or device here.
+        BackendUnavailable: no such backend or device here, or not both together.
         ConfigError: unknown dtype.
     """
     folder = Path(path)
     device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, device)
-    chosen = resolve_backend(backend)
+    chosen = resolve_backend(backend, device)
     manifest = read_manifest(folder)
     check_tensors(folder)
     if verify and weights_sha256(folder) != manifest.sha256:
@@ -91,7 +95,7 @@ def load_model(
             f"{folder / WEIGHTS_FILE}: the hash is not the manifest's; the file was damaged or changed"
         )
     if device == "cpu":
-        _check_memory(manifest, torch_dtype)
+        _check_memory(manifest, torch_dtype, chosen)
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch_dtype, trust_remote_code=False, use_safetensors=True
     )
@@ -99,7 +103,10 @@ def load_model(
     model.requires_grad_(requires_grad=False)
     _check_salient(model, folder)
     use_backend(model, chosen)
-    return LoadedModel(model=model.to(device=device), tokenizer=read_tokenizer(folder), manifest=manifest, path=folder)
+    model.to(device=device)
+    pack_layers(model, shared_inputs(model))
+    _log.info("%s: backend %s on %s", manifest.name, describe_backend(chosen), device)
+    return LoadedModel(model=model, tokenizer=read_tokenizer(folder), manifest=manifest, path=folder)
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
@@ -184,12 +191,14 @@ def _check_salient(model: PreTrainedModel, folder: Path) -> None:
                 raise CorruptArtifact(f"{folder / WEIGHTS_FILE}: {name}: {error}") from error
 
 
-def _check_memory(manifest: Manifest, dtype: torch.dtype) -> None:
-    """Refuse a model that will not fit: the packed weights and their dense copy."""
-    needed = sum(manifest.bytes_by_part.values()) + manifest.source.parameters * dtype.itemsize
+def _check_memory(manifest: Manifest, dtype: torch.dtype, backend: Backend) -> None:
+    """Refuse a model that will not fit: the stored weights, and the backend's own copy of them."""
+    stored = sum(manifest.bytes_by_part.values())
+    needed = stored + (manifest.source.parameters * dtype.itemsize if backend == "dense" else stored)
     free = psutil.virtual_memory().available
     if needed > free:
+        remedy = "use a packed backend or a smaller dtype" if backend == "dense" else "free some of it"
         raise NotEnoughMemory(
-            f"{manifest.name} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; "
-            "use a smaller dtype or a machine with more memory"
+            f"{manifest.name} needs {needed / 2**30:.1f} GiB of memory with backend {backend}, and "
+            f"{free / 2**30:.1f} GiB are free; {remedy}, or take a machine with more memory"
         )

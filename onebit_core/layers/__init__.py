@@ -1,22 +1,34 @@
 """What is stored: one class per format, and the table that the artifact reader and the methods build from."""
 
+from collections.abc import Iterable, Sequence
+
 from torch import nn
 
-from onebit_core.kernels import Backend
+from onebit_core.kernels import Backend, describe_backend, packs
 from onebit_core.layers.base import QuantizedLinear
 from onebit_core.layers.embedding import QuantizedEmbedding, TiedHead
+from onebit_core.layers.factor import FactorLinear
 from onebit_core.layers.grouped_int import GroupedIntLinear
+from onebit_core.layers.lut import LutLinear
 from onebit_core.layers.salient import SalientPart, SalientWeights
+from onebit_core.layers.shared_input import SharedInput
 from onebit_core.layers.sign import SignLinear
 from onebit_core.layers.spec import LayerSpec, SalientSpec
 
-FORMATS: dict[str, type[QuantizedLinear]] = {"sign": SignLinear, "grouped_int": GroupedIntLinear}
+FORMATS: dict[str, type[QuantizedLinear]] = {
+    "sign": SignLinear,
+    "grouped_int": GroupedIntLinear,
+    "lut": LutLinear,
+    "factor": FactorLinear,
+}
 """Format name to layer class."""
 
 __all__ = [
     "FORMATS",
+    "FactorLinear",
     "GroupedIntLinear",
     "LayerSpec",
+    "LutLinear",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "SalientPart",
@@ -25,6 +37,10 @@ __all__ = [
     "SignLinear",
     "TiedHead",
     "build_layer",
+    "model_backend",
+    "pack_layers",
+    "packed_bytes",
+    "release_stored",
     "use_backend",
 ]
 
@@ -44,3 +60,46 @@ def use_backend(model: nn.Module, backend: Backend) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear | TiedHead):
             module.backend = backend
+
+
+def pack_layers(model: nn.Module, groups: Iterable[Sequence[str]] = ()) -> None:
+    """Lay every quantized layer out for its packed backend, so that the first request does not wait for it.
+
+    Args:
+        model: a torch module on its device, after `use_backend`.
+        groups: names of modules that read the same input; quantized ones of equal structure become one product.
+    """
+    for names in groups:
+        members = [module for name in names if isinstance(module := model.get_submodule(name), QuantizedLinear)]
+        if len(members) < 2 or not packs(members[0].backend):
+            continue
+        chains = [member.chain() for member in members]
+        if any(len(chain) > 1 for chain in chains):
+            continue
+        shared = SharedInput.join([product for (product,) in chains], members[0].backend)
+        if shared is not None:
+            for place, member in enumerate(members):
+                member.share_input(shared, place)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear | TiedHead):
+            module.pack()
+
+
+def release_stored(model: nn.Module) -> None:
+    """Drop the stored tensors of layers that a packed backend laid out; such a model only computes."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.release_stored()
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Return the bytes that packed backends hold beside the model's own tensors."""
+    return sum(module.packed_bytes() for module in model.modules() if isinstance(module, QuantizedLinear | TiedHead))
+
+
+def model_backend(model: nn.Module) -> str:
+    """Say in one line who computes a model's quantized layers; "dense" where it has none."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear | TiedHead):
+            return describe_backend(module.backend)
+    return "dense"

@@ -1,4 +1,8 @@
-"""QuantizedLinear: what every format shares - forward, bytes by part, and the choice of backend."""
+"""QuantizedLinear: what every format shares - forward, bytes by part, and the choice of backend.
+
+A packed backend lays the weight out once (`pack`). From then on the stored tensors are needed only to save or to
+dequantize; a server that does neither drops them (`release_stored`), so that a weight is in memory once.
+"""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -8,8 +12,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from onebit_core.kernels import Backend, salient_matmul
+from onebit_core.kernels import (
+    Backend,
+    LinearOperands,
+    Packed,
+    PlaneTerm,
+    packed_backend,
+    packed_matmul,
+    packs,
+    salient_matmul,
+)
 from onebit_core.layers.salient import SalientPart
+from onebit_core.layers.shared_input import SharedInput
 from onebit_core.layers.spec import LayerSpec
 
 
@@ -29,6 +43,8 @@ class QuantizedLinear(nn.Module, ABC):
         self.in_features, self.out_features = spec.in_features, spec.out_features
         self.backend: Backend = "dense"
         self._dense: Tensor | None = None
+        self._packed: tuple[Packed, ...] = ()
+        self._shared: tuple[SharedInput, int] | None = None
         if spec.bias:
             self.register_buffer("bias", torch.empty(spec.out_features))
         self.salient = SalientPart(spec) if spec.salient else None
@@ -46,6 +62,51 @@ class QuantizedLinear(nn.Module, ABC):
     def base_matmul(self, x: Tensor) -> Tensor:
         """Multiply by the base weight through the packed op; [..., I] to [..., O], x's dtype."""
 
+    @abstractmethod
+    def terms(self) -> tuple[PlaneTerm, ...]:
+        """Return the base weight in the form that packed kernels read."""
+
+    def chain(self) -> tuple[LinearOperands, ...]:
+        """Return the products that make up this layer, the first on x, in the form that packed kernels read."""
+        product = LinearOperands(
+            out_features=self.out_features,
+            in_features=self.in_features,
+            planes=self.terms(),
+            sparse=None if self.salient is None else self.salient.term(),
+        )
+        return (self.with_bias(product),)
+
+    def with_bias(self, product: LinearOperands) -> LinearOperands:
+        """Return a product with this layer's bias, if it has one, added."""
+        bias = self._buffers.get("bias")
+        return product if bias is None else dataclasses.replace(product, bias_O=bias.float())
+
+    def pack(self) -> None:
+        """Lay the weight out for a packed backend, ahead of the first product; nothing to do for the others."""
+        if packs(self.backend) and not self._packed and self._shared is None:
+            backend = packed_backend(self.backend)
+            self._packed = tuple(backend.pack(product) for product in self.chain())
+
+    def share_input(self, shared: SharedInput, place: int) -> None:
+        """Multiply together with the other linears that read the same input, from now on."""
+        self._packed, self._shared = (), (shared, place)
+
+    def packed_bytes(self) -> int:
+        """Return the bytes of the weight as packed for a backend; a shared product counts at its first member."""
+        if self._shared is not None:
+            shared, place = self._shared
+            return shared.num_bytes if place == 0 else 0
+        return sum(part.nbytes for packed in self._packed for part in packed.parts)
+
+    def release_stored(self) -> None:
+        """Drop the stored tensors of a packed layer; it multiplies on, and can no longer be saved or dequantized."""
+        self.pack()
+        if not self._packed and self._shared is None:
+            return
+        for module in self.modules():
+            for name, tensor in list(module._buffers.items()):
+                module._buffers[name] = None if tensor is None else tensor.to("meta")
+
     def dequantize(self) -> Tensor:
         """Return the dense weight this layer stands for, float32 [O, I]."""
         weight_OI = self.base_weight()
@@ -56,6 +117,14 @@ class QuantizedLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: x floating [..., I], result [..., O] in x's dtype."""
+        if packs(self.backend):
+            if self._shared is not None:
+                shared, place = self._shared
+                return shared.product(x, place)
+            self.pack()
+            for packed in self._packed:
+                x = packed_matmul(x, packed)
+            return x
         bias = self._buffers.get("bias")
         if self.backend == "dense":
             return nn.functional.linear(x, self._dense_weight(x), None if bias is None else bias.to(x.dtype))
@@ -97,6 +166,6 @@ class QuantizedLinear(nn.Module, ABC):
         return self._dense
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  (torch's signature)
-        """Drop the unpacked weight when the module moves."""
-        self._dense = None
+        """Drop what was made for the old device or dtype when the module moves."""
+        self._dense, self._packed, self._shared = None, (), None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

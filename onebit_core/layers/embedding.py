@@ -5,10 +5,12 @@
 A head tied to the embedding stores nothing and multiplies by the embedding's codes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from onebit_core.kernels import Backend
+from onebit_core.kernels import Backend, Packed, byte_operands, packed_backend, packed_matmul, packs
 from onebit_core.layers.grid import SMALLEST_SCALE
 
 
@@ -56,12 +58,32 @@ class TiedHead(nn.Module):
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.backend: Backend = "dense"
         self._dense: Tensor | None = None
+        self._packed: Packed | None = None
+
+    def pack(self) -> None:
+        """Lay the table out for a packed backend, ahead of the first product; nothing to do for the others."""
+        if packs(self.backend) and self._packed is None:
+            embedding = self._embedding[0]
+            self._packed = packed_backend(self.backend).pack(byte_operands(embedding.codes, embedding.scale))
+
+    def packed_bytes(self) -> int:
+        """Return the bytes of the table as packed for a backend."""
+        return 0 if self._packed is None else sum(part.nbytes for part in self._packed.parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: x floating [..., D], result [..., V] in x's dtype."""
+        if packs(self.backend):
+            self.pack()
+            assert self._packed is not None
+            return packed_matmul(x, self._packed)
         embedding = self._embedding[0]
         if self.backend == "reference":
             return ((x.float() @ embedding.codes.float().T) * embedding.scale.float()).to(x.dtype)
         if self._dense is None or self._dense.dtype != x.dtype or self._dense.device != x.device:
             self._dense = embedding.dequantize().to(x.dtype)
         return nn.functional.linear(x, self._dense)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  (torch's signature)
+        """Drop what was made for the old device or dtype when the module moves."""
+        self._dense = self._packed = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

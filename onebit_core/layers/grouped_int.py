@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from onebit_core.kernels import int_dequantize, int_matmul, num_words, pack_codes
+from onebit_core.kernels import PlaneTerm, code_terms, int_dequantize, int_matmul, num_words, pack_codes
 from onebit_core.layers.base import QuantizedLinear
 from onebit_core.layers.salient import SalientWeights
 from onebit_core.layers.spec import LayerSpec
@@ -75,3 +75,7 @@ class GroupedIntLinear(QuantizedLinear):
     def base_matmul(self, x: Tensor) -> Tensor:
         """Multiply through `int_matmul`."""
         return int_matmul(x, self.planes, self.scale, self.zero)
+
+    def terms(self) -> tuple[PlaneTerm, ...]:
+        """Return the codes in the form that packed kernels read."""
+        return code_terms(self.planes, self.scale, self.zero)

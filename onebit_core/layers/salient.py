@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from onebit_core.errors import CorruptArtifact
-from onebit_core.kernels import num_words, pack_bits, unpack_bits
+from onebit_core.kernels import SparseTerm, num_words, pack_bits, unpack_bits
 from onebit_core.layers.spec import SALIENT_BLOCK, LayerSpec, SalientSpec
 
 
@@ -116,3 +116,13 @@ class SalientPart(nn.Module):
     def values(self, rows: Tensor) -> Tensor:
         """Return the weights, float32 [N], for the rows that `places` gave."""
         return self.scale.float()[rows] * (self.codes.float() - self.zero.float()[rows])
+
+    def term(self) -> SparseTerm:
+        """Return these weights in the form that packed kernels read."""
+        if self.spec.index == "bitmap":
+            bitmap_OW = self.get_buffer("bitmap")
+        else:
+            mask_OI = torch.zeros(self.out_features, self.in_features, dtype=torch.bool, device=self.codes.device)
+            mask_OI[self.places()] = True
+            bitmap_OW = pack_bits(mask_OI)
+        return SparseTerm(bitmap_OW=bitmap_OW, codes_N=self.codes, scale_O=self.scale.float(), zero_O=self.zero)

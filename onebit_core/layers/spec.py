@@ -33,19 +33,20 @@ class LayerSpec(StrictConfig):
     """One quantized linear.
 
     Attributes:
-        format: `sign` or `grouped_int`.
+        format: `sign`, `grouped_int`, `lut` or `factor`.
         in_features: I.
         out_features: O.
         bias: whether a bias is stored.
-        planes: sign: number of sign planes P. grouped_int: bits per code B, 1 to 8.
-        groups: sign: scale groups per row, 0 for none. grouped_int: groups per row, at least 1.
+        planes: sign: number of sign planes P. grouped_int: bits per code B, 1 to 8. lut: 2. factor: 1.
+        groups: sign: scale groups per row, 0 for none. grouped_int and lut: groups per row, at least 1.
         shift_groups: sign only: shift groups per row, 0 for none.
         scale_in: sign only: whether an input scale is stored (else 1).
         scale_out: sign only: whether an output scale is stored (else 1).
+        rank: factor only: R, the size between the two sign matrices.
         salient: the weights kept in 8 bit, if any.
     """
 
-    format: Literal["sign", "grouped_int"]
+    format: Literal["sign", "grouped_int", "lut", "factor"]
     in_features: int
     out_features: int
     bias: bool = False
@@ -54,6 +55,7 @@ class LayerSpec(StrictConfig):
     shift_groups: int = 0
     scale_in: bool = False
     scale_out: bool = False
+    rank: int = 0
     salient: SalientSpec | None = None
 
     def __post_init__(self) -> None:
@@ -66,5 +68,11 @@ class LayerSpec(StrictConfig):
                 raise ConfigError(f"LayerSpec.{name}: {value} groups do not divide {self.in_features} input features")
         if self.format == "grouped_int" and (self.planes > 8 or self.groups < 1):
             raise ConfigError(f"LayerSpec: grouped_int needs 1 to 8 bits and a group, got {self.planes}, {self.groups}")
+        if self.format == "lut" and (self.planes != 2 or self.groups < 1):
+            raise ConfigError(f"LayerSpec: lut needs 2 bits and a group, got {self.planes}, {self.groups}")
+        if (self.format == "factor") != (self.rank > 0):
+            raise ConfigError(f"LayerSpec.rank: {self.rank}; a factor layer has one above 0, others have none")
+        if self.format == "factor" and self.salient is not None:
+            raise ConfigError("LayerSpec: a factor layer has no salient part")
         if self.salient is not None and not 0 < self.salient.count <= self.in_features * self.out_features:
             raise ConfigError(f"LayerSpec.salient.count: {self.salient.count} weights do not fit the matrix")

@@ -108,3 +108,19 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     if type(module) is not nn.Linear:
         raise UnsupportedModel(f"{name} is a {type(module).__name__}, and only plain linears can be quantized")
     return module
+
+
+def shared_inputs(model: nn.Module) -> list[list[str]]:
+    """Return the names of the linears that read the same input, group by group of every block.
+
+    A model without a row in the table has none that are known.
+    """
+    layout = LAYOUTS.get(type(model).__name__)
+    if layout is None:
+        return []
+    return [
+        [f"{layout.blocks}.{index}.{name}" for name in group]
+        for index in range(len(blocks_of(model, layout)))
+        for group in layout.groups
+        if len(group) > 1
+    ]

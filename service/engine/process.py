@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from onebit_core.errors import OnebitError
+from onebit_core.layers import release_stored
 from service.engine.detokenizer import Decode
 from service.engine.loop import EngineLoop
 from service.engine.messages import FromEngine, Started, StartFailed, ToEngine
@@ -67,7 +68,7 @@ def main(connection: "Connection[FromEngine, ToEngine]", config: EngineConfig, p
         log.exception("loading %s failed", config.artifact)
         connection.send(StartFailed(message=str(error) or type(error).__name__))
         sys.exit(EXIT_START_FAILED)
-    info = describe(runner, tokenizer, config)
+    info = describe(runner, tokenizer)
     connection.send(Started(info=info))
     loop = EngineLoop(
         runner=runner,
@@ -94,10 +95,11 @@ def load(config: EngineConfig) -> tuple[Runner, PreTrainedTokenizerBase]:
     module, _, function = config.loader.partition(":")
     loader = getattr(importlib.import_module(module), function)
     loaded: Loaded = loader(config.artifact, device=device, dtype=config.dtype, backend=config.backend)
+    release_stored(loaded.model)  # a server only computes; the packed copy is enough
     return Runner(loaded.model, config), loaded.tokenizer
 
 
-def describe(runner: Runner, tokenizer: PreTrainedTokenizerBase, config: EngineConfig) -> EngineInfo:
+def describe(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> EngineInfo:
     """Say what was loaded."""
     return EngineInfo(
         max_model_len=runner.capacity.max_model_len,
@@ -106,7 +108,7 @@ def describe(runner: Runner, tokenizer: PreTrainedTokenizerBase, config: EngineC
         eos_token_ids=_eos_token_ids(runner.eos_token_ids, tokenizer),
         device=runner.device.type,
         dtype=str(runner.dtype).removeprefix("torch."),
-        backend=config.backend,
+        backend=runner.backend,
         memory_bytes=runner.num_bytes,
         notes=runner.capacity.notes,
     )

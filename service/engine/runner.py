@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from onebit_core.layers import model_backend, packed_bytes
 from service.engine.attention import PAGED_ATTENTION, PagedStep, register
 from service.engine.batch import Batch, build_batch
 from service.engine.capacity import Capacity, plan_capacity
@@ -57,9 +58,15 @@ class Runner:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of parameters, buffers and KV cache."""
+        """Bytes of parameters, buffers, packed weights and KV cache."""
         tensors = [*self._model.parameters(), *self._model.buffers()]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()) + self._cache.num_bytes
+        own = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if not tensor.is_meta}
+        return sum(own.values()) + packed_bytes(self._model) + self._cache.num_bytes
+
+    @property
+    def backend(self) -> str:
+        """Who computes the packed layers, and on what."""
+        return model_backend(self._model)
 
     @property
     def vocab_size(self) -> int:

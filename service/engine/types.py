@@ -104,7 +104,7 @@ class EngineInfo:
         eos_token_ids: tokens that end a completion.
         device: "cpu" or "cuda".
         dtype: of activations and KV cache, such as "float32".
-        backend: who computes packed layers, as asked for.
+        backend: who computes packed layers, and on what, such as "cpu avx512vbmi".
         memory_bytes: model and KV cache together.
         notes: what was decided on the way, such as a context shortened to fit the pool; one sentence each.
     """
@@ -128,7 +128,7 @@ class EngineConfig:
         artifact: folder of the model.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         dtype: "auto", "float32", "bfloat16" or "float16".
-        backend: who computes packed layers: "auto", "reference", "dense", ...
+        backend: who computes packed layers; see onebit_core.kernels.backends.
         page_size: tokens in a page of the KV cache.
         kv_cache_bytes: size of the KV cache.
         max_num_sequences: most sequences that run at once.

@@ -135,7 +135,9 @@ class ModelRegistry:
         )
         slot.state = ModelState.READY
         engine.on_stats = StatsCounter(self._metrics.engine, slot.name)
-        logger.info("model loaded", extra={"model": slot.name, "device": engine.info.device})
+        info = engine.info
+        self._metrics.engine.info.labels(slot.name, info.backend, info.device, info.dtype).set(1)
+        logger.info("model loaded", extra={"model": slot.name, "device": info.device, "backend": info.backend})
         return slot.model
 
     def _publish(self, slot: Slot, manifest: Manifest, report: Report) -> None:

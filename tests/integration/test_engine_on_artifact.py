@@ -5,23 +5,17 @@ import torch
 
 from onebit_core.artifact.reader import load_model
 from service.engine.types import EngineConfig
+from tests.support.backends import backends_on
 from tests.support.inline_engine import InlineEngine, greedy
 from tests.support.quantized import quantize_tiny
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
-        ],
-    ),
+ON_CPU = [pytest.param("cpu", *backend.values, marks=backend.marks) for backend in backends_on("cpu")]
+ON_CUDA = [
+    pytest.param("cuda", *backend.values, marks=[pytest.mark.gpu, *backend.marks]) for backend in backends_on("cuda")
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["reference", "dense"])
+@pytest.mark.parametrize(("device", "backend"), [*ON_CPU, *ON_CUDA])
 def test_sixteen_prompts_together_equal_generate(tiny_llama, tmp_path, device, backend):
     """Token for token, greedy, float32, mixed lengths, with 8-bit embedding and head."""
     artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "pb_llm", embedding_bits=8)

@@ -20,7 +20,7 @@ def test_from_pretrained_gives_the_same_model(tiny_llama, tmp_path):
     model, info = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert torch.equal(model(IDS).logits, load_model(artifact).model(IDS).logits)
+    assert torch.equal(model(IDS).logits, load_model(artifact, backend="dense").model(IDS).logits)
     assert AutoTokenizer.from_pretrained(artifact)("abc")["input_ids"] == [97, 98, 99]
 
 

@@ -5,6 +5,7 @@ import torch
 
 from onebit_core.artifact.reader import load_model, read_manifest, read_report
 from onebit_core.methods import METHODS
+from tests.support.backends import backends_on
 from tests.support.quantized import quantize_tiny
 
 pytestmark = [
@@ -24,10 +25,11 @@ def test_quantizing_on_the_gpu_gives_the_same_kind_of_model(tiny_llama, tmp_path
         assert one.weight_error == pytest.approx(other.weight_error, rel=0.1, abs=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["reference", "dense"])
-def test_logits_agree_between_devices(tiny_llama, tmp_path, backend):
-    """A packed model on the GPU computes what it computes on the CPU."""
-    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "pb_llm", embedding_bits=8)
-    on_cpu = load_model(artifact, backend=backend, dtype="float32").model(IDS).logits
+@pytest.mark.parametrize("backend", backends_on("cuda"))
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_agree_between_devices(tiny_llama, tmp_path, method, backend):
+    """A packed model on the GPU computes what the reference computes on the CPU."""
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", method, embedding_bits=8)
+    on_cpu = load_model(artifact, backend="reference", dtype="float32").model(IDS).logits
     on_gpu = load_model(artifact, backend=backend, dtype="float32", device="cuda").model(IDS.cuda()).logits
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
