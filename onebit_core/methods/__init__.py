@@ -6,11 +6,20 @@ A new method is one file here, one row in this table, a test with its 8x8 golden
 from onebit_core.errors import ConfigError
 from onebit_core.methods.base import Method
 from onebit_core.methods.gptq import GPTQ
+from onebit_core.methods.lut2 import LUT2
+from onebit_core.methods.nanoquant import NANOQUANT
 from onebit_core.methods.pb_llm import PB_LLM
 from onebit_core.methods.rtn import RTN
 from onebit_core.methods.svid import SVID
 
-METHODS: dict[str, Method] = {"rtn": RTN, "gptq": GPTQ, "svid": SVID, "pb_llm": PB_LLM}
+METHODS: dict[str, Method] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "svid": SVID,
+    "pb_llm": PB_LLM,
+    "lut2": LUT2,
+    "nanoquant": NANOQUANT,
+}
 
 __all__ = ["METHODS", "Method", "method_named"]
 

@@ -50,6 +50,24 @@ def check_group_size(group_size: int, in_features: int) -> None:
         )
 
 
+def even_group_size(group_size: int, in_features: int) -> int:
+    """Return the largest size of equal groups of a row that is at most `group_size`; 0 means the whole row.
+
+    Raises:
+        ConfigError: no size above half of the wanted one divides the row.
+    """
+    if group_size < 0 or group_size == 1:
+        raise ConfigError(f"group_size {group_size}: use 0 for one group per row, or at least 2 columns")
+    wanted = min(group_size or in_features, in_features)
+    for size in range(wanted, wanted // 2, -1):
+        if in_features % size == 0:
+            return size
+    raise ConfigError(
+        f"group_size {group_size}: {in_features} input features cannot be cut in equal groups of {wanted // 2 + 1} to "
+        f"{wanted} columns; use 0 for one group per row"
+    )
+
+
 def check_bits(bits: int) -> None:
     """Refuse a width we cannot store.
 

@@ -21,6 +21,9 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "svid": ("svid", {}),
     "svid_2_planes": ("svid", {"planes": 2, "importance": "inputs"}),
     "pb_llm": ("pb_llm", {"ratio": 0.2}),
+    "lut2": ("lut2", {"group_size": 4}),
+    "lut2_act_order": ("lut2", {"group_size": 0, "act_order": True}),
+    "nanoquant": ("nanoquant", {"bits": 4.0, "iterations": 20}),
     "pb_llm_row_magnitude": ("pb_llm", {"ratio": 0.2, "base": "row", "metric": "magnitude"}),
 }
 

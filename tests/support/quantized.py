@@ -12,6 +12,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {"group_size": 32},
     "svid": {"planes": 2},
     "pb_llm": {"ratio": 0.2},
+    "lut2": {"group_size": 32},
+    "nanoquant": {"bits": 3.0},
 }
 
 

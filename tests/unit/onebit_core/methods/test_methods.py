@@ -10,6 +10,8 @@ from onebit_core.errors import ConfigError
 from onebit_core.layers import LayerSpec, build_layer
 from onebit_core.methods import METHODS, method_named
 from onebit_core.methods.gptq import GptqConfig, quantize_gptq
+from onebit_core.methods.lut2 import Lut2Config, quantize_lut2
+from onebit_core.methods.nanoquant import NanoquantConfig, factorize, project, quantize_nanoquant
 from onebit_core.methods.pb_llm import PbLlmConfig, quantize_pb_llm
 from onebit_core.methods.rtn import RtnConfig, quantize_rtn
 from onebit_core.methods.second_order import output_error, weight_error
@@ -28,7 +30,8 @@ def problem(rows: int = 48, columns: int = 256, seed: int = 0) -> tuple[torch.Te
 
 
 def settings_of(name: str):
-    small = {"rtn": {"group_size": 32}, "gptq": {"group_size": 32}}.get(name, {})
+    small = {"rtn": {"group_size": 32}, "gptq": {"group_size": 32}, "nanoquant": {"bits": 3.0, "iterations": 20}}
+    small = small.get(name, {})
     return METHODS[name].config.from_dict(small)
 
 
@@ -184,6 +187,79 @@ def test_pb_llm_keeps_salient_signs():
     weight[3, 7] = -5.0
     layer = quantize_pb_llm(weight, statistics, PbLlmConfig(ratio=0.05, metric="magnitude"))
     assert abs(float(layer.dequantize()[3, 7]) + 5.0) < 0.05
+
+
+def test_lut2_finds_the_levels_of_a_gaussian():
+    """Lloyd and Max: a four-level quantizer leaves 0.1175 of a Gaussian's variance; short groups can only do better."""
+    weight, _ = problem(rows=64, columns=4096)
+    white = InputStatistics(hessian_II=torch.eye(4096), num_tokens=1)
+    whole_rows = quantize_lut2(weight, white, Lut2Config(group_size=0, iterations=100)).dequantize()
+    groups = quantize_lut2(weight, white, Lut2Config()).dequantize()
+    assert abs(weight_error(weight, whole_rows) - 0.1175) < 0.003
+    assert weight_error(weight, groups) < weight_error(weight, whole_rows)
+
+
+def test_lut2_is_exact_on_four_values():
+    """A row that holds four numbers is stored as those, wherever they lie."""
+    levels = torch.tensor([-1.0, 0.125, 0.25, 4.0])
+    places = torch.rand(5, 64, generator=torch.Generator().manual_seed(0)).argsort(1)
+    weight = levels[places % 4]
+    _, statistics = problem(columns=64)
+    assert torch.equal(quantize_lut2(weight, statistics, Lut2Config(iterations=40)).dequantize(), weight)
+
+
+def test_lut2_beats_evenly_spaced_levels():
+    """At fewer bits than gptq with two bits in groups of 64 it loses less."""
+    weight, statistics = problem(rows=64, columns=512)
+    table = quantize_lut2(weight, statistics, Lut2Config(group_size=256))
+    even = quantize_gptq(weight, statistics, GptqConfig(bits=2, group_size=64))
+    assert table.bits_per_weight() < even.bits_per_weight()
+    errors = [output_error(weight, layer.dequantize(), statistics.hessian_II) for layer in (table, even)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted", "size"), [(576, 128, 96), (1536, 128, 128), (576, 0, 576), (96, 128, 96)]
+)
+def test_lut2_cuts_rows_into_equal_groups(columns, wanted, size):
+    """The largest group that divides the row and is not above what was asked for."""
+    weight = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    white = InputStatistics(hessian_II=torch.eye(columns), num_tokens=1)
+    assert quantize_lut2(weight, white, Lut2Config(group_size=wanted)).spec.groups == columns // size
+
+
+@pytest.mark.parametrize("bits", [0.5, 1.0, 1.5, 2.5])
+def test_nanoquant_keeps_within_its_bits(bits):
+    """True bits, scales and padding included, are at most what was asked for, and close to it."""
+    weight, statistics = problem(rows=512, columns=512)
+    true_bits = quantize_nanoquant(weight, statistics, NanoquantConfig(bits=bits, iterations=1)).bits_per_weight()
+    assert bits - 0.15 < true_bits <= bits
+
+
+def test_nanoquant_finds_a_spectrum_that_decays():
+    """As published: on Gaussian noise a pair of rank 256 is as good as a sign, on a decaying spectrum far better."""
+    noise, _ = problem(rows=512, columns=512)
+    left, _, right = torch.linalg.svd(noise)
+    decaying = left @ torch.diag(torch.arange(1, 513).float() ** -1.0) @ right
+    errors = []
+    for weight in (noise, decaying):
+        scaled = weight / weight.abs().mean()
+        up, down = factorize(scaled, 256, iterations=60, seed=0)
+        errors.append(weight_error(scaled, project(up) @ project(down)))
+    assert 0.32 < errors[0] < 0.37
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_nanoquant_spends_its_bits_where_inputs_are_large():
+    """Without shrinkage the error that the inputs see is lower than with importance switched off."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 256, generator=draw)
+    statistics = InputStatistics(hessian_II=torch.diag(torch.logspace(-2, 2, 256)), num_tokens=1)
+    error = {}
+    for shrinkage in (0.0, 1.0):
+        layer = quantize_nanoquant(weight, statistics, NanoquantConfig(bits=2.0, shrinkage=shrinkage))
+        error[shrinkage] = output_error(weight, layer.dequantize(), statistics.hessian_II)
+    assert error[0.0] < 0.7 * error[1.0]
 
 
 @pytest.mark.parametrize("case", golden_cases())
