@@ -39,6 +39,7 @@ from onebit_core.model.sample import sample_model_path
 from onebit_core.pipeline.config import CalibrationConfig, QuantizeConfig
 from onebit_core.pipeline.run import quantize_model
 from onebit_core.progress import Watch
+from onebit_core.reconstruction import ReconstructionConfig
 
 RESULTS = Path(__file__).parent / "results"
 SHARE_OF_MEMORY = 0.6
@@ -47,11 +48,12 @@ SHARE_OF_MEMORY = 0.6
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to quantize the model; `name` is also its folder under --work."""
+    """One way to quantize the model; `name` is also its folder under --work, `preset` that of reconstruction."""
 
     name: str
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    preset: str = "off"
 
 
 ROWS = (
@@ -84,6 +86,20 @@ ROWS = (
         method="pb_llm",
         settings={"ratio": 0.2, "metric": "magnitude", "base": "row"},
     ),
+    Row(name="lut2", method="lut2"),
+    Row(name="nanoquant-1b", method="nanoquant", settings={"bits": 1.0}),
+    *(
+        Row(name=f"gptq-{bits}b+{preset}", method="gptq", settings={"bits": bits, "group_size": 64}, preset=preset)
+        for bits in (4, 3, 2)
+        for preset in ("light", "full")
+    ),
+    *(Row(name=f"lut2+{preset}", method="lut2", preset=preset) for preset in ("light", "full")),
+    *(
+        Row(name=f"nanoquant-{bits}b+{preset}", method="nanoquant", settings={"bits": float(bits)}, preset=preset)
+        for bits in ("1", "1.5", "2")
+        for preset in ("light", "full")
+    ),
+    Row(name="pb_llm-10+light", method="pb_llm", settings={"ratio": 0.1}, preset="light"),
 )
 
 
@@ -160,7 +176,8 @@ def _quantized(row: Row, options: argparse.Namespace, device: str, watch: Watch)
         manifest = read_manifest(out)
         wanted = config.calibration.to_dict() if manifest.calibration else {}
         found = {key: manifest.calibration.get(key) for key in wanted}
-        if (manifest.settings, found) != (config.settings, wanted):
+        trained = config.reconstruction.to_dict() if config.reconstruction.enabled else {}
+        if (manifest.settings, found, manifest.reconstruction) != (config.settings, wanted, trained):
             raise ConfigError(f"{out}: made by an earlier run with other settings; remove it or choose another --work")
         return out
     print(f"{row.name}: quantizing", file=sys.stderr)
@@ -180,6 +197,7 @@ def _config_of(row: Row, options: argparse.Namespace, device: str) -> QuantizeCo
         method=row.method,
         settings=dict(row.settings),
         calibration=CalibrationConfig.from_dict(calibration),
+        reconstruction=ReconstructionConfig.from_dict({"preset": row.preset}),
         embedding_bits=options.embedding_bits,
         name=row.name,
         device=device,
@@ -221,6 +239,7 @@ def line_of(manifest: Manifest, report: Report, result: EvaluationResult) -> dic
         "row": manifest.name,
         "method": manifest.method,
         "settings": json.dumps(manifest.settings, sort_keys=True),
+        "reconstruction": json.dumps(manifest.reconstruction, sort_keys=True) if manifest.reconstruction else "",
         "true_bits_linear": round(manifest.bits.linear_true, 4),
         "nominal_bits_linear": round(manifest.bits.linear_nominal, 4),
         "whole_model_bits": round(manifest.bits.whole_model, 4),

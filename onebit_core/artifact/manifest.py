@@ -69,6 +69,7 @@ class Manifest(StrictConfig):
         settings: the method's complete settings.
         source: the original model.
         calibration: text files with their fingerprints, samples, tokens, seed and weights; empty if none was needed.
+        reconstruction: how blocks were trained after their layers were quantized; empty if they were not.
         versions: of onebit, torch, transformers and Python.
         created: ISO 8601, UTC.
         bits: bits per weight.
@@ -87,6 +88,7 @@ class Manifest(StrictConfig):
     bits: BitsInfo
     bytes_by_part: dict[str, int]
     sha256: str
+    reconstruction: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,7 @@ class ArtifactDraft:
         settings: its complete settings.
         nominal_bits: what the method's paper would advertise.
         calibration: as it goes into the manifest.
+        reconstruction: as it goes into the manifest.
         embedding_bits: 8 or 16.
         layers: module path to packed layer.
         report: measured while quantizing.
@@ -62,6 +63,7 @@ class ArtifactDraft:
     settings: dict[str, Any]
     nominal_bits: float
     calibration: dict[str, Any]
+    reconstruction: dict[str, Any]
     embedding_bits: int
     layers: Mapping[str, QuantizedLinear]
     report: Report
@@ -226,6 +228,7 @@ def _manifest(original: OriginalModel, draft: ArtifactDraft, parts: dict[str, in
             parameters=parameters,
         ),
         calibration=draft.calibration,
+        reconstruction=draft.reconstruction,
         versions=current_versions(),
         created=utc_now(),
         bits=BitsInfo(

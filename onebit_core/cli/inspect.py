@@ -47,6 +47,7 @@ def _print_tables(console: Console, manifest: Manifest, report: Report) -> None:
         "name": manifest.name,
         "method": manifest.method,
         "settings": ", ".join(f"{key}={value}" for key, value in manifest.settings.items()) or "none",
+        "reconstruction": ", ".join(f"{key}={value}" for key, value in manifest.reconstruction.items()) or "none",
         "source": f"{source.model} ({source.architecture}, {source.parameters:,} parameters)",
         "source sha256": source.sha256,
         "bits per weight": f"{bits.linear_true:.3f} linears as counted, {bits.linear_nominal:.3f} as advertised, "

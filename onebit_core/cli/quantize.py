@@ -31,6 +31,9 @@ def quantize(
     samples: Annotated[int | None, typer.Option(help="Calibration windows in all. Default: 32.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per calibration window. Default: 1024.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the windows' places. Default: 0.")] = None,
+    reconstruct: Annotated[
+        str | None, typer.Option(metavar="PRESET", help="Train each block after quantizing it: off, light or full.")
+    ] = None,
     embedding_bits: Annotated[int | None, typer.Option(help="16 keeps embedding and head, 8 stores 8 bit.")] = None,
     name: Annotated[str | None, typer.Option(help="Model name to serve under. Default: model and method.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, or auto (the default).")] = None,
@@ -51,6 +54,7 @@ def quantize(
     values.update({key: value for key, value in flags.items() if value is not None})
     amounts = {"text": calibration, "samples": samples, "tokens": tokens, "seed": seed}
     _merge(values, "settings", parse_settings(settings or []))
+    _merge(values, "reconstruction", {} if reconstruct is None else {"preset": reconstruct})
     _merge(values, "calibration", {key: value for key, value in amounts.items() if value is not None})
     for key, where in (("model", "MODEL"), ("method", "--method")):
         if key not in values:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from onebit_core.calibration.statistics import InputStatistics, StatisticsAccumulator, fast_float32_products
-from onebit_core.model.blocks import linear_of
 from onebit_core.model.loading import OriginalModel
 
 
@@ -48,6 +47,7 @@ class CapturedInputs:
 
     Attributes:
         hidden_STD: float32 [S, T, D], on the CPU.
+        original_STD: what the original has there, likewise; only if `follow_original` was called.
     """
 
     def __init__(self, original: OriginalModel, ids_ST: Tensor, device: str) -> None:
@@ -55,11 +55,12 @@ class CapturedInputs:
         self.ids_ST = ids_ST
         self._arguments: list[dict[str, Any]] = []
         self.hidden_STD = self._run_outer(original)
+        self.original_STD: Tensor | None = None
 
     @torch.no_grad()
     def statistics(self, block: nn.Module, linear_name: str, first_token_weight: float) -> InputStatistics:
         """Run all samples up to one linear of a block and return the statistics of its input."""
-        linear = linear_of(block, linear_name)
+        linear: Any = block.get_submodule(linear_name)  # a plain linear, or the layer that already took its place
         accumulator = StatisticsAccumulator(
             linear.in_features, first_token_weight=first_token_weight, device=self.device
         )
@@ -78,6 +79,17 @@ class CapturedInputs:
                     continue
         return accumulator.finish()
 
+    def follow_original(self) -> None:
+        """Carry the original's own activations along, from the first block on."""
+        self.original_STD = self.hidden_STD.clone()
+
+    @torch.no_grad()
+    def advance_original(self, block: nn.Module) -> None:
+        """Carry the original's activations through its own block, before that is quantized."""
+        if self.original_STD is not None:
+            for sample, hidden_TD in enumerate(self.original_STD):
+                self.original_STD[sample] = self._run_block(block, hidden_TD).cpu()
+
     @torch.no_grad()
     def advance(self, block: nn.Module) -> None:
         """Carry the samples through a finished block: its outputs become the next inputs."""
@@ -85,12 +97,21 @@ class CapturedInputs:
             self.hidden_STD[sample] = self._run_block(block, hidden_TD).cpu()
         self._arguments.pop(0)
 
+    @torch.no_grad()
+    def outputs(self, block: nn.Module) -> Tensor:
+        """Return what a block makes of the samples as they are now, float32 [S, T, D], on the CPU."""
+        return torch.stack([self._run_block(block, hidden_TD).cpu() for hidden_TD in self.hidden_STD])
+
+    def run(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
+        """Run a batch of samples through a block, with gradients where they are enabled: [B, T, D] to [B, T, D]."""
+        with fast_float32_products():
+            result = block(hidden_BTD.to(self.device), **self._arguments[0])
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        return output.reshape(hidden_BTD.shape)
+
     def _run_block(self, block: nn.Module, hidden_TD: Tensor) -> Tensor:
         """Run one sample through a block: [T, D] to [T, D]."""
-        with fast_float32_products():
-            result = block(hidden_TD[None].to(self.device), **self._arguments[0])
-        output: Tensor = result[0] if isinstance(result, tuple) else result
-        return output.reshape(hidden_TD.shape)
+        return self.run(block, hidden_TD[None])[0]
 
     @torch.no_grad()
     def _run_outer(self, original: OriginalModel) -> Tensor:

@@ -9,6 +9,7 @@ from onebit_core.calibration.sources import BUILTIN
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.methods import method_named
+from onebit_core.reconstruction.config import ReconstructionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class QuantizeConfig(StrictConfig):
         method: name in METHODS.
         settings: the method's settings; missing ones take the method's defaults, which are written out here.
         calibration: text and amounts.
+        reconstruction: training of each block against the original's, off by default.
         embedding_bits: 16 keeps embedding and head as they are, 8 stores them in 8 bit.
         name: model name to serve under; default: made from model and method.
         device: cpu, cuda, cuda:N, or auto.
@@ -60,6 +62,7 @@ class QuantizeConfig(StrictConfig):
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     embedding_bits: Literal[8, 16] = 16
     name: str | None = None
     device: str = "auto"

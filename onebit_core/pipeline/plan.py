@@ -56,7 +56,7 @@ def make_plan(original: OriginalModel, config: QuantizeConfig) -> Plan:
                 method.check(settings, linear.out_features, linear.in_features)
             except ConfigError as error:
                 raise ConfigError(f"{config.method}: block {index}, {name}: {error}") from error
-    calibrated = method.needs_statistics(settings)
+    calibrated = method.needs_statistics(settings) or config.reconstruction.enabled
     context = getattr(original.config.get_text_config(), "max_position_embeddings", None)
     if calibrated and context and config.calibration.tokens > context:
         raise ConfigError(
@@ -88,6 +88,11 @@ def _memory_bytes(original: OriginalModel, config: QuantizeConfig, *, calibrated
     elements = outer + 2 * block
     if calibrated:
         hidden = original.config.get_text_config().hidden_size
-        elements += 4 * widest**2 + 2 * config.calibration.samples * config.calibration.tokens * hidden
+        activations = config.calibration.samples * config.calibration.tokens * hidden
+        elements += 4 * widest**2 + (3 if config.reconstruction.needs_teacher else 2) * activations
+        if config.reconstruction.epochs:
+            elements += 6 * block + activations  # latents, their gradients, Adam's moments; targets
+        if config.reconstruction.distill_epochs:
+            elements += 2 * (original.num_parameters - outer)  # latents of all blocks, and what stands beside them
     packed = original.num_parameters // 4  # bytes of finished layers, at most two bits a weight or so
     return elements * FLOAT_BYTES + packed

@@ -29,6 +29,7 @@ from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.plan import Plan, make_plan
 from onebit_core.pipeline.resume import BlockResult, WorkFolder
 from onebit_core.progress import Watch
+from onebit_core.reconstruction import distill_scales, reconstruct_block
 
 QUIET = Watch()
 
@@ -61,6 +62,8 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
 
     watch.report("calibrate", 0, 1)
     captured = CapturedInputs(original, tokens.ids_ST, device) if tokens else None
+    if captured is not None and config.reconstruction.needs_teacher:
+        captured.follow_original()
     watch.report("calibrate", 1, 1)
 
     layers: dict[str, QuantizedLinear] = {}
@@ -74,6 +77,8 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
             reports.append(dataclasses.replace(report, name=path))
         error = _mean_error([report for _, report in result.values()])
         watch.report("quantize", index + 1, plan.num_blocks, block=index, relative_error=error)
+    if captured is not None and config.reconstruction.distill_epochs:
+        _distill(original, captured, config, device, watch)
 
     watch.report("write", 0, 1)
     draft = ArtifactDraft(
@@ -82,6 +87,7 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
         settings=config.settings,
         nominal_bits=plan.method.nominal_bits(config.method_settings()),
         calibration=_calibration_record(config, tokens),
+        reconstruction=config.reconstruction.to_dict() if config.reconstruction.enabled else {},
         embedding_bits=config.embedding_bits,
         layers=layers,
         report=Report(layers=tuple(reports), seconds={"quantize": round(time.monotonic() - started, 1)}),
@@ -89,6 +95,23 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
     write_artifact(original, draft, out)
     watch.tell("write", 1, 1, artifact=str(out))  # the artifact is there: too late to cancel
     return out
+
+
+def _distill(
+    original: OriginalModel, captured: CapturedInputs, config: QuantizeConfig, device: str, watch: Watch
+) -> None:
+    """Train the scales of all layers together; the layers in the model's blocks are those that will be written."""
+    assert captured.original_STD is not None
+    blocks = original.blocks.to(device)
+    watch.report("distill", 0, 1)
+    distill_scales(
+        original.model,
+        blocks,
+        (captured.ids_ST, captured.original_STD),
+        config.reconstruction,
+        lambda done, total, kl: watch.report("distill", done, total, kl=round(kl, 4)),
+    )
+    blocks.cpu()
 
 
 def default_name(config: QuantizeConfig) -> str:
@@ -108,6 +131,8 @@ def _finish_block(
     index, captured, folder = place
     block = original.load_block(index, device)
     result = folder.load(index) if folder else None
+    if captured is not None:
+        captured.advance_original(block)
     if result is None:
         result = _quantize_block(block, index, plan, config, captured)
         if folder:
@@ -125,8 +150,13 @@ def _finish_block(
 def _quantize_block(
     block: nn.Module, index: int, plan: Plan, config: QuantizeConfig, captured: CapturedInputs | None
 ) -> BlockResult:
-    """Quantize the groups of one block in order, each on inputs from the groups already in place."""
+    """Quantize the groups of one block in order, each on inputs from the groups already in place; then train them."""
     result: BlockResult = {}
+    weights = {name: linear_of(block, name).weight.detach().float() for group in plan.groups for name in group}
+    targets_STD = None
+    if captured is not None and config.reconstruction.epochs:
+        from_original = config.reconstruction.target == "original"
+        targets_STD = captured.original_STD if from_original else captured.outputs(block)
     for position, group in enumerate(plan.groups):
         statistics = None
         if captured is not None:
@@ -141,7 +171,34 @@ def _quantize_block(
         for name in group:
             result[name] = _quantize_linear(block, index, name, statistics, (plan, config))
             replace_module(block, name, result[name][0])
+    if captured is not None and targets_STD is not None:
+        samples = (captured.hidden_STD, targets_STD)
+        reconstruct_block(block, weights, samples, captured.run, config.reconstruction)
+        _measure_again(block, plan, config, captured, (weights, result))
     return result
+
+
+def _measure_again(
+    block: nn.Module,
+    plan: Plan,
+    config: QuantizeConfig,
+    captured: CapturedInputs,
+    trained: tuple[dict[str, Tensor], BlockResult],
+) -> None:
+    """Bring the reports of a reconstructed block up to date, on the inputs that its layers have now."""
+    weights, result = trained
+    for position, group in enumerate(plan.groups):
+        weight = config.calibration.first_token_weight if position == 0 else 1.0
+        statistics = captured.statistics(block, group[0], weight)
+        for name in group:
+            layer, report = result[name]
+            decided_OI = layer.dequantize()
+            report = dataclasses.replace(
+                report,
+                weight_error=weight_error(weights[name], decided_OI),
+                output_error=output_error(weights[name], decided_OI, statistics.hessian_II),
+            )
+            result[name] = (layer, report)
 
 
 def _quantize_linear(

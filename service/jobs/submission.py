@@ -32,6 +32,7 @@ class Submission:
 
     Attributes:
         calibration: fields of the core's CalibrationConfig; left out ones take its defaults.
+        reconstruction: fields of the core's ReconstructionConfig, likewise.
         name: of the model and its folder; None makes one from model and method.
     """
 
@@ -39,6 +40,7 @@ class Submission:
     method: str
     settings: Mapping[str, Any]
     calibration: Mapping[str, Any]
+    reconstruction: Mapping[str, Any]
     embedding_bits: int
     name: str | None
     evaluation: Evaluation | None
@@ -130,6 +132,7 @@ def _configuration(submission: Submission, model: str, name: str, settings: Sett
         "method": submission.method,
         "settings": dict(submission.settings),
         "calibration": calibration,
+        "reconstruction": dict(submission.reconstruction),
         "embedding_bits": submission.embedding_bits,
         "name": name,
         "device": settings.device,
@@ -137,7 +140,8 @@ def _configuration(submission: Submission, model: str, name: str, settings: Sett
     try:
         return QuantizeConfig.from_dict(values).to_dict()
     except ConfigError as error:
-        param = "calibration" if "calibration" in str(error).lower() else "settings"
+        named = [part for part in ("calibration", "reconstruction") if part in str(error).lower()]
+        param = named[0] if named else "settings"
         raise BadRequest(str(error), param=param) from None
 
 

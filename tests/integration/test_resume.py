@@ -28,11 +28,13 @@ class StopAfter:
         return Watch(sink=self, cancel=self.token)
 
 
-def test_a_resumed_run_gives_the_same_bytes(tmp_path):
-    """Stopped after block 2 of 3 and continued: equal to the undisturbed run."""
+@pytest.mark.parametrize("preset", ["off", "light", "full"])
+def test_a_resumed_run_gives_the_same_bytes(tmp_path, preset):
+    """Stopped after block 2 of 3 and continued: equal to the undisturbed run, with blocks that were trained too."""
     model = save_tiny_model(tmp_path / "model", num_layers=3)
-    undisturbed = quantize_tiny(model, tmp_path / "undisturbed", "pb_llm")
-    config, work, out = tiny_config(model, "pb_llm"), tmp_path / "work", tmp_path / "resumed"
+    changes = {"reconstruction": {"preset": preset}}
+    undisturbed = quantize_tiny(model, tmp_path / "undisturbed", "pb_llm", **changes)
+    config, work, out = tiny_config(model, "pb_llm", **changes), tmp_path / "work", tmp_path / "resumed"
     with pytest.raises(Cancelled):
         quantize_model(config, out, watch=StopAfter(2).watch(), work=work)
     assert not out.exists()

@@ -29,6 +29,24 @@ class CalibrationBody(StrictBody):
         return self.model_dump(exclude_none=True)
 
 
+class ReconstructionBody(StrictBody):
+    """Training of each block after its layers were quantized; what is left out is the preset's."""
+
+    preset: Literal["off", "light", "full"] = "off"
+    epochs: int | None = Field(default=None, ge=0, le=1024, description="Passes over the calibration samples.")
+    latent_rate: float | None = Field(default=None, ge=0, le=10, description="Step for signs and codes.")
+    scale_rate: float | None = Field(default=None, ge=0, le=10, description="Step for scales and levels.")
+    distill_epochs: int | None = Field(default=None, ge=0, le=1024, description="Passes of the final distillation.")
+    distill_rate: float | None = Field(default=None, ge=0, le=10, description="Step for scales in it.")
+    target: Literal["prefix", "original"] | None = None
+    batch: int | None = Field(default=None, ge=1, le=65536, description="Samples per step.")
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+
+    def values(self) -> dict[str, Any]:
+        """The fields that were given."""
+        return self.model_dump(exclude_none=True)
+
+
 class EvaluateBody(StrictBody):
     """What to measure once the artifact is written."""
 
@@ -44,6 +62,7 @@ class QuantizeBody(StrictBody):
     method: str = Field(max_length=64, description="Name of a method, see `onebit quantize --help`.")
     settings: dict[str, Any] = Field(default={}, description="The method's settings; see docs/methods.")
     calibration: CalibrationBody = CalibrationBody()
+    reconstruction: ReconstructionBody = ReconstructionBody()
     embedding_bits: Literal[8, 16] = 16
     name: str | None = Field(
         default=None, description="Name of the model and its folder; by default made from model and method."
@@ -65,6 +84,7 @@ class QuantizeBody(StrictBody):
             method=self.method,
             settings=self.settings,
             calibration=self.calibration.values(),
+            reconstruction=self.reconstruction.values(),
             embedding_bits=self.embedding_bits,
             name=self.name,
             evaluation=evaluation,

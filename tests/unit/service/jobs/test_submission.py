@@ -24,6 +24,7 @@ def submission(**changes):
         "method": "rtn",
         "settings": {},
         "calibration": {},
+        "reconstruction": {},
         "embedding_bits": 16,
         "name": "small",
         "evaluation": None,

@@ -1,0 +1,76 @@
+"""ReconstructionConfig: how long and how fast blocks are trained.
+
+One epoch costs about three forward passes of the model over the calibration text: for a model of 135M parameters, 32
+windows of 1024 tokens and two CPU cores some three minutes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from onebit_core.config import StrictConfig
+from onebit_core.errors import ConfigError
+
+
+class _Amount(NamedTuple):
+    epochs: int
+    latent_rate: float
+    scale_rate: float
+    distill_epochs: int
+    distill_rate: float
+
+
+PRESETS = {
+    "off": _Amount(0, 0.0, 0.0, 0, 0.0),
+    "light": _Amount(2, 1e-2, 5e-3, 0, 0.0),
+    "full": _Amount(8, 1e-2, 5e-3, 1, 2e-3),
+}
+"""Preset to epochs and learning rates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig(StrictConfig):
+    """Training of each block after its layers were quantized; what is left out is the preset's.
+
+    Attributes:
+        preset: off, light (two epochs) or full (eight).
+        epochs: passes over the calibration samples.
+        latent_rate: Adam's step for signs and codes, relative to their mean magnitude or step.
+        scale_rate: Adam's step for scales and levels, relative to their size.
+        distill_epochs: passes in which the scales of all layers together learn the original's logits.
+        distill_rate: Adam's step for them, relative to their size.
+        target: what a block learns: the original block's output on the same inputs (`prefix`), or on the inputs the
+            original would have had there (`original`), which makes up for the error of earlier blocks.
+        batch: samples per step.
+        seed: of the order of samples.
+    """
+
+    preset: Literal["off", "light", "full"] = "off"
+    epochs: int | None = None
+    latent_rate: float | None = None
+    scale_rate: float | None = None
+    distill_epochs: int | None = None
+    distill_rate: float | None = None
+    target: Literal["prefix", "original"] = "prefix"
+    batch: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"reconstruction.preset {self.preset!r}; known: {', '.join(PRESETS)}")
+        for name, value in PRESETS[self.preset]._asdict().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+            if getattr(self, name) < 0:
+                raise ConfigError(f"reconstruction.{name} {getattr(self, name)}: must not be negative")
+        if self.batch < 1:
+            raise ConfigError(f"reconstruction.batch {self.batch}: at least 1 sample")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is trained."""
+        return bool(self.epochs or self.distill_epochs)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the original's own hidden states are carried along."""
+        return bool(self.distill_epochs) or (bool(self.epochs) and self.target == "original")

@@ -1,0 +1,153 @@
+"""Trains the scales of a finished model, all layers together, until its logits are the original's.
+
+    minimize   mean over tokens   KL(softmax(original) || softmax(quantized))
+
+Signs, codes and indices stay as reconstruction left them; scales, levels and shifts, a fraction of a bit per weight,
+make up for what blocks did to each other. Blocks are recomputed in the backward pass, so that activations and dense
+weights of one block are in memory at a time, besides the latents of all.
+
+Sources: NanoQuant, arXiv:2602.06694, section 3 (scale-only distillation); PEQA, arXiv:2305.14152 (scales alone).
+
+Shape suffixes: S = samples, T = tokens, D = hidden size, V = vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from onebit_core.layers import QuantizedLinear
+from onebit_core.model.replace import replace_module
+from onebit_core.reconstruction.block import ADAM_BETAS, cosine
+from onebit_core.reconstruction.config import ReconstructionConfig
+from onebit_core.reconstruction.latents import LATENTS, Latent
+
+Report = Callable[[int, int, float], None]
+"""(steps done, steps in all, KL of the step's sample in nats per token)."""
+
+
+def distill_scales(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    samples: tuple[Tensor, Tensor],
+    config: ReconstructionConfig,
+    report: Report,
+) -> None:
+    """Train the scales of all quantized layers in the blocks of a model, in place.
+
+    Args:
+        model: transformers' model; called with input_ids it gives logits.
+        blocks: its decoder blocks, with quantized layers.
+        samples: token ids int64 [S, T], and what the original's last block makes of them, float32 [S, T, D].
+        config: `distill_epochs` and `distill_rate`.
+        report: called after every step; it may raise to stop.
+    """
+    assert config.distill_epochs is not None
+    assert config.distill_rate is not None
+    ids_ST, hidden_STD = samples
+    device = next(blocks.parameters()).device
+    model.requires_grad_(requires_grad=False)
+    with trainable(blocks) as latents, _recomputed(blocks):
+        optimizer = torch.optim.Adam(
+            [value for latent in latents for value in latent.factors()], lr=config.distill_rate, betas=ADAM_BETAS
+        )
+        steps = config.distill_epochs * len(ids_ST)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
+        draw = torch.Generator().manual_seed(config.seed)
+        order = [int(i) for _ in range(config.distill_epochs) for i in torch.randperm(len(ids_ST), generator=draw)]
+        for step, sample in enumerate(order, start=1):
+            ids_1T = ids_ST[sample : sample + 1].to(device)
+            with torch.no_grad(), _given(blocks, hidden_STD[sample : sample + 1].to(device)):
+                wanted_1TV = _logits(model, ids_1T)
+            loss = divergence(wanted_1TV, _logits(model, ids_1T))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            report(step, steps, float(loss.detach()))
+
+
+def divergence(wanted_BTV: Tensor, logits_BTV: Tensor) -> Tensor:
+    """Return the mean KL(wanted || logits) over tokens, in nats."""
+    wanted = wanted_BTV.float().log_softmax(-1).flatten(0, -2)
+    found = logits_BTV.float().log_softmax(-1).flatten(0, -2)
+    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+@contextmanager
+def trainable(blocks: nn.ModuleList) -> Iterator[list[Latent]]:
+    """Put latents with trainable scales in the places of quantized layers; pack them again at the end."""
+    latents: dict[str, Latent] = {}
+    for name, layer in list(blocks.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            latents[name] = LATENTS[layer.spec.format](layer, layer.base_weight())
+            replace_module(blocks, name, latents[name])
+            for value in latents[name].latents():
+                value.requires_grad = False
+    try:
+        yield list(latents.values())
+    finally:
+        for name, latent in latents.items():
+            replace_module(blocks, name, latent.harden())
+
+
+class _StandIn(nn.Module):
+    """Stands in the place of a block; attributes that models ask blocks for are the block's."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+
+class _Recomputed(_StandIn):
+    """Runs its block, and again in the backward pass, in place of keeping what is in between."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.__dict__["block"], hidden, *args, use_reentrant=False, **kwargs)
+
+
+class _Given(_StandIn):
+    """Returns hidden states that are known, whatever comes in."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor | None) -> None:
+        super().__init__(block)
+        self.__dict__["hidden"] = hidden
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        del args, kwargs
+        given = self.__dict__["hidden"]
+        return hidden if given is None else given
+
+
+@contextmanager
+def _in_places(blocks: nn.ModuleList, stand_ins: list[nn.Module]) -> Iterator[None]:
+    """Put modules in the places of blocks for a while."""
+    real = list(blocks)
+    for index, module in enumerate(stand_ins):
+        blocks[index] = module
+    try:
+        yield
+    finally:
+        for index, block in enumerate(real):
+            blocks[index] = block
+
+
+def _recomputed(blocks: nn.ModuleList) -> Any:
+    return _in_places(blocks, [_Recomputed(block) for block in blocks])
+
+
+def _given(blocks: nn.ModuleList, hidden: Tensor) -> Any:
+    """Let the model end with the given hidden states in place of computing them."""
+    last = len(blocks) - 1
+    return _in_places(blocks, [_Given(block, hidden if i == last else None) for i, block in enumerate(blocks)])
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
