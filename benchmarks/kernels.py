@@ -5,7 +5,7 @@
     python -m benchmarks.kernels --only sign 'M=1'       # a part: words of model, layer, NxK, format, M=..., hot, cold
     python -m benchmarks.kernels --readme                # the README's table from the newest files; measures nothing
 
-Writes benchmarks/results/kernels_<device>_<date>.csv after every case. What each number means is in
+Writes benchmarks/results/kernels_<device>[-<n>-threads]_<date>.csv after every case. What each number means is in
 benchmarks/README.md; the parts are in kernel_bench/.
 """
 
@@ -61,7 +61,8 @@ def run(options: argparse.Namespace, device: str, console: Console) -> list[Line
         console.print(f"packed kernels cannot run here: {reason}", markup=False)
     skipped: dict[str, str] = {}
     setting = _setting(options, device, skipped, console)
-    file = output_file(options.out, "kernels", setting.about.device, setting.about.date)
+    about = setting.about
+    file = output_file(options.out, "kernels", about.device, about.date, about.threads)
     lines: list[Line] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=options.progress == "none") as progress:

@@ -52,7 +52,7 @@ def draw(lines: Sequence[Line], out: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "onebit"
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
     by_shape = [line for line in lines if line.format == SHOWN_FORMAT and line.backend != "reference"]
     by_format = [line for line in lines if f"{line.N}x{line.K}" == SHOWN_SHAPE and line.backend != "reference"]
     panels = (
@@ -71,7 +71,7 @@ def draw(lines: Sequence[Line], out: Path) -> None:
         axes.axhline(1, color="gray", linewidth=0.8, linestyle="--")
         axes.grid(alpha=0.25)
         if curves:
-            axes.legend(fontsize=7, ncols=2, loc="upper left")
+            axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     left.set_ylabel("possible / measured time")
     if lines:
         one = lines[0]

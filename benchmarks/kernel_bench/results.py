@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.kernel_bench.device import slug
 
 RESULTS = Path(__file__).parents[1] / "results"
+THREADS = re.compile(r"-(\d+)-threads?$")
 SHOWN_TOKENS = (1, 4, 16, 64, 256)
 SHOWN_SHAPES = ("4096x4096",)
 """Shapes of which the README shows every format; of the others only `sign`."""
@@ -121,12 +122,18 @@ def _parsed(key: str, text: str) -> Any:
     return text
 
 
-def output_file(out: Path | None, kind: str, device: str, date: str) -> Path:
-    """Return the file of a run: the one that was named, or <kind>_<device>_<date>.csv in a folder."""
+def output_file(out: Path | None, kind: str, device: str, date: str, threads: int = 0) -> Path:
+    """Return the file of a run: the one named, or <kind>_<device>[-<threads>-threads]_<date>.csv in a folder."""
     folder = out or RESULTS
     if out is not None and not out.is_dir():
         return out
-    return folder / f"{kind}_{slug(device)}_{date}.csv"
+    suffix = f"-{counted(threads, 'thread').replace(' ', '-')}" if threads else ""
+    return folder / f"{kind}_{slug(device)}{suffix}_{date}.csv"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return `1 thread` or `2 threads`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def shown_command(module: str, arguments: Sequence[str]) -> str:
@@ -148,8 +155,17 @@ def newest_files(folder: Path = RESULTS) -> list[Path]:
 
 
 def markdown(files: Sequence[Path]) -> str:
-    """Return the README's tables, one a device: our time, and how often it fits into torch's fastest."""
-    return "\n\n".join(_device_table(file) for file in files)
+    """Return the README's tables, one a device: our time, and how often it fits into torch's fastest.
+
+    Of a processor that was measured with several numbers of threads, the fewest are shown.
+    """
+    shown: dict[str, tuple[int, Path]] = {}
+    for file in files:
+        name, threads = THREADS.sub("", device_of(file)), THREADS.search(device_of(file))
+        count = int(threads[1]) if threads else 0
+        if name not in shown or count < shown[name][0]:
+            shown[name] = count, file
+    return "\n\n".join(_device_table(file) for _, file in shown.values())
 
 
 def _device_table(file: Path) -> str:
@@ -158,7 +174,7 @@ def _device_table(file: Path) -> str:
     measured = {line.M for line in lines}
     tokens = [m for m in SHOWN_TOKENS if m in measured]
     table = [
-        ["weight", "format", "bits", "weights are in", *(f"{m} token{'s' if m > 1 else ''}" for m in tokens)],
+        ["weight", "format", "bits", "weights are in", *(counted(m, "token") for m in tokens)],
         ["---"] * (4 + len(tokens)),
     ]
     rows: dict[tuple[int, int, str, str], dict[int, Line]] = {}
@@ -175,7 +191,7 @@ def _device_table(file: Path) -> str:
         cells = [_cell(of_row.get(m)) for m in tokens]
         table.append([f"{n}x{k}", kind, f"{bits:.2f}", place, *cells])
     first = lines[0]
-    threads = f", {first.threads} threads" if first.threads else ""
+    threads = f", {counted(first.threads, 'thread')}" if first.threads else ""
     rendered = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
     source = f"From [{file.name}](benchmarks/results/{file.name})."
     best = ", ".join(sorted({line.rival.removeprefix("torch ") for line in lines}))

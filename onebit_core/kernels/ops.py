@@ -79,10 +79,12 @@ def _factor_matmul(
 def _packed_matmul(x: Tensor, parts: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
     _check(x, layout[1])
     rows = _rows(x)
-    if rows.stride(-1) != 1:
+    if rows.dtype == torch.float64:
+        rows = rows.float()  # kernels accumulate in float32
+    if rows.stride(-1) != 1 or rows.stride(0) < rows.shape[1]:  # not rows one after the other, or rows that overlap
         rows = rows.contiguous()
     result = packed_backend(_BACKEND_OF_CODE[layout[2]]).matmul(rows, parts, layout)
-    return result.view(*x.shape[:-1], layout[0])
+    return result.view(*x.shape[:-1], layout[0]).to(x.dtype)
 
 
 def _salient_matmul(x: Tensor, rows: Tensor, columns: Tensor, delta: Tensor, num_rows: int) -> Tensor:

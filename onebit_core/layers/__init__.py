@@ -56,10 +56,13 @@ def use_backend(model: nn.Module, backend: Backend) -> None:
     Args:
         model: a torch module.
         backend: see onebit_core.kernels.backends.
+
+    Raises:
+        BackendUnavailable: another backend is set already, and the tensors it would read were released.
     """
     for module in model.modules():
         if isinstance(module, QuantizedLinear | TiedHead):
-            module.backend = backend
+            module.set_backend(backend)
 
 
 def pack_layers(model: nn.Module, groups: Iterable[Sequence[str]] = ()) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from onebit_core.errors import BackendUnavailable
 from onebit_core.kernels import (
     Backend,
     LinearOperands,
@@ -45,6 +46,8 @@ class QuantizedLinear(nn.Module, ABC):
         self._dense: Tensor | None = None
         self._packed: tuple[Packed, ...] = ()
         self._shared: tuple[SharedInput, int] | None = None
+        self.start: dict[str, Tensor] = {}
+        """Continuous values behind what was decided, for reconstruction to start from; the pipeline drops them."""
         if spec.bias:
             self.register_buffer("bias", torch.empty(spec.out_features))
         self.salient = SalientPart(spec) if spec.salient else None
@@ -87,6 +90,24 @@ class QuantizedLinear(nn.Module, ABC):
             backend = packed_backend(self.backend)
             self._packed = tuple(backend.pack(product) for product in self.chain())
 
+    def set_backend(self, backend: Backend) -> None:
+        """Let another backend compute; what was laid out for the one before is dropped.
+
+        Raises:
+            BackendUnavailable: the stored tensors were released.
+        """
+        if backend == self.backend:
+            return
+        if any(buffer.is_meta for buffer in self.buffers()) and self._is_packed():
+            raise BackendUnavailable(
+                f"backend {backend!r}: the layer holds nothing but what was packed for {self.backend!r}; load it again"
+            )
+        self.backend = backend
+        self._dense, self._packed, self._shared = None, (), None
+
+    def _is_packed(self) -> bool:
+        return bool(self._packed) or self._shared is not None
+
     def share_input(self, shared: SharedInput, place: int) -> None:
         """Multiply together with the other linears that read the same input, from now on."""
         self._packed, self._shared = (), (shared, place)
@@ -101,7 +122,7 @@ class QuantizedLinear(nn.Module, ABC):
     def release_stored(self) -> None:
         """Drop the stored tensors of a packed layer; it multiplies on, and can no longer be saved or dequantized."""
         self.pack()
-        if not self._packed and self._shared is None:
+        if not self._is_packed():
             return
         for module in self.modules():
             for name, tensor in list(module._buffers.items()):
@@ -122,9 +143,12 @@ class QuantizedLinear(nn.Module, ABC):
                 shared, place = self._shared
                 return shared.product(x, place)
             self.pack()
+            dtype = x.dtype
+            if len(self._packed) > 1 and dtype == torch.float16:
+                x = x.float()  # what is between two products may leave the range of float16
             for packed in self._packed:
                 x = packed_matmul(x, packed)
-            return x
+            return x.to(dtype)
         bias = self._buffers.get("bias")
         if self.backend == "dense":
             return nn.functional.linear(x, self._dense_weight(x), None if bias is None else bias.to(x.dtype))

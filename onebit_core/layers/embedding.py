@@ -60,6 +60,11 @@ class TiedHead(nn.Module):
         self._dense: Tensor | None = None
         self._packed: Packed | None = None
 
+    def set_backend(self, backend: Backend) -> None:
+        """Let another backend compute; what was laid out for the one before is dropped."""
+        if backend != self.backend:
+            self.backend, self._dense, self._packed = backend, None, None
+
     def pack(self) -> None:
         """Lay the table out for a packed backend, ahead of the first product; nothing to do for the others."""
         if packs(self.backend) and self._packed is None:

@@ -44,8 +44,6 @@ class FactorLinear(QuantizedLinear):
         self.register_buffer("up", torch.empty(rows, num_words(rank), dtype=torch.int32))
         for name, size in (("scale_in", columns), ("scale_mid", rank), ("scale_out", rows)):
             self.register_buffer(name, torch.empty(size, dtype=torch.float16))
-        self.start: dict[str, Tensor] = {}
-        """Continuous values behind the signs, `down` [R, I] and `up` [O, R], for reconstruction to start from."""
 
     @classmethod
     @torch.no_grad()

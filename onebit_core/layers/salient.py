@@ -100,13 +100,23 @@ class SalientPart(nn.Module):
         return rows, blocks * SALIENT_BLOCK + self.get_buffer("columns").long()
 
     def check(self) -> None:
-        """Refuse an index from a file that points outside of the matrix: kernels trust it.
+        """Refuse an index from a file that points outside of the matrix or out of order: kernels trust it.
 
         Raises:
-            CorruptArtifact: it names another number of places than there are codes, or a column past the last.
+            CorruptArtifact: it names another number of places than there are codes, a column past the last, or places
+                that are not in row-major order, each once.
         """
         bitmap = self.spec.index == "bitmap"
         count = self.places()[0].numel() if bitmap else int(self.get_buffer("counts").sum(dtype=torch.int64))
+        if count == self.spec.count:
+            rows, columns = self.places()
+            order = rows * self.in_features + columns
+            inside = bitmap or int(self.get_buffer("columns").max()) < SALIENT_BLOCK
+            if not inside or not bool((order.diff() > 0).all()):
+                raise CorruptArtifact(
+                    f"the salient index of a {self.out_features} x {self.in_features} matrix names places out of "
+                    "order, twice, or outside of their block"
+                )
         if count != self.spec.count or int(self.places()[1].max()) >= self.in_features:
             raise CorruptArtifact(
                 f"the salient index names {count} places of a {self.out_features} x {self.in_features} matrix for "

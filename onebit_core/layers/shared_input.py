@@ -7,7 +7,8 @@ called computes all rows and keeps the others' share until they ask with the sam
     q_proj(x)   packed product [T, q + k + v] -> q's columns,  k's and v's wait
     k_proj(x)   same x: k's columns            v_proj(x)   same x: v's columns, nothing waits any more
 
-A linear that is called with another x starts over, so calls in any order stay right.
+A linear that is called with another x starts over, so calls in any order stay right. The same tensor means the same
+values: x must not be changed in place between its linears, which no supported architecture does.
 """
 
 from collections.abc import Sequence

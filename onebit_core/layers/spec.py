@@ -14,6 +14,10 @@ SALIENT_BLOCK = 128
 """Columns per block of the block-relative salient index; a column index then fits one byte."""
 
 
+MOST_PLANES = 8
+"""Sign planes, or bits of a code."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SalientSpec(StrictConfig):
     """The weights kept in 8 bit.
@@ -66,7 +70,15 @@ class LayerSpec(StrictConfig):
             value = getattr(self, name)
             if value < 0 or (value and self.in_features % value):
                 raise ConfigError(f"LayerSpec.{name}: {value} groups do not divide {self.in_features} input features")
-        if self.format == "grouped_int" and (self.planes > 8 or self.groups < 1):
+        self._check_format()
+        if self.salient is not None and not 0 < self.salient.count <= self.in_features * self.out_features:
+            raise ConfigError(f"LayerSpec.salient.count: {self.salient.count} weights do not fit the matrix")
+
+    def _check_format(self) -> None:
+        """Refuse what the format cannot have."""
+        if self.planes > MOST_PLANES:
+            raise ConfigError(f"LayerSpec.planes: {self.planes}; at most {MOST_PLANES} are possible")
+        if self.format == "grouped_int" and self.groups < 1:
             raise ConfigError(f"LayerSpec: grouped_int needs 1 to 8 bits and a group, got {self.planes}, {self.groups}")
         if self.format == "lut" and (self.planes != 2 or self.groups < 1):
             raise ConfigError(f"LayerSpec: lut needs 2 bits and a group, got {self.planes}, {self.groups}")
@@ -74,5 +86,3 @@ class LayerSpec(StrictConfig):
             raise ConfigError(f"LayerSpec.rank: {self.rank}; a factor layer has one above 0, others have none")
         if self.format == "factor" and self.salient is not None:
             raise ConfigError("LayerSpec: a factor layer has no salient part")
-        if self.salient is not None and not 0 < self.salient.count <= self.in_features * self.out_features:
-            raise ConfigError(f"LayerSpec.salient.count: {self.salient.count} weights do not fit the matrix")

@@ -76,9 +76,9 @@ def _alternate(weight_OK: Tensor, weight_K: Tensor, levels_O4: Tensor, iteration
     """Return the levels after some turns of Lloyd's alternation, rounded to float16; a level nobody takes stays."""
     for _ in range(iterations):
         index_OK = nearest_level(weight_OK, levels_O4)
-        mass_O4, total_O4 = torch.zeros_like(levels_O4), torch.zeros_like(levels_O4)
-        mass_O4.scatter_add_(1, index_OK, weight_K.expand_as(weight_OK))
-        total_O4.scatter_add_(1, index_OK, weight_OK * weight_K)
+        chosen = [(index_OK == level).to(weight_OK.dtype) for level in range(4)]  # sums in one order on every device
+        mass_O4 = torch.stack([chosen_OK @ weight_K for chosen_OK in chosen], 1)
+        total_O4 = torch.stack([(chosen_OK * weight_OK) @ weight_K for chosen_OK in chosen], 1)
         levels_O4 = torch.where(mass_O4 > 0, total_O4 / mass_O4.clamp(min=1e-30), levels_O4).sort(1).values
     return round_to_float16(levels_O4)
 

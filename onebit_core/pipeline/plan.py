@@ -12,6 +12,8 @@ from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.config import QuantizeConfig
 
 FLOAT_BYTES = 4
+LOGITS_OF_DISTILLATION = 7
+"""Arrays of the size of one window's logits that the divergence and its gradient take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,5 +96,7 @@ def _memory_bytes(original: OriginalModel, config: QuantizeConfig, *, calibrated
             elements += 6 * block + activations  # latents, their gradients, Adam's moments; targets
         if config.reconstruction.distill_epochs:
             elements += 2 * (original.num_parameters - outer)  # latents of all blocks, and what stands beside them
+            vocabulary = original.config.get_text_config().vocab_size
+            elements += LOGITS_OF_DISTILLATION * config.calibration.tokens * vocabulary
     packed = original.num_parameters // 4  # bytes of finished layers, at most two bits a weight or so
     return elements * FLOAT_BYTES + packed

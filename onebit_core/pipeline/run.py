@@ -8,6 +8,7 @@ the calibration samples, and the packed layers.
 import dataclasses
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
     reports: list[LayerReport] = []
     watch.report("quantize", 0, plan.num_blocks)
     for index in range(plan.num_blocks):
-        result = _finish_block(original, plan, config, (index, captured, folder), device)
+        result = _finish_block(original, (plan, config), (index, captured, folder), device, watch)
         for name, (layer, report) in result.items():
             path = f"{original.layout.blocks}.{index}.{name}"
             layers[path] = layer
@@ -122,19 +123,20 @@ def default_name(config: QuantizeConfig) -> str:
 
 def _finish_block(
     original: OriginalModel,
-    plan: Plan,
-    config: QuantizeConfig,
+    task: tuple[Plan, QuantizeConfig],
     place: tuple[int, CapturedInputs | None, WorkFolder | None],
     device: str,
+    watch: Watch,
 ) -> BlockResult:
     """Quantize one block, or take it from the work folder; carry the activations on."""
+    plan, config = task
     index, captured, folder = place
     block = original.load_block(index, device)
     result = folder.load(index) if folder else None
     if captured is not None:
         captured.advance_original(block)
     if result is None:
-        result = _quantize_block(block, index, plan, config, captured)
+        result = _quantize_block(block, index, (plan, config), captured, watch.cancel.raise_if_cancelled)
         if folder:
             folder.save(index, result)
     for name, (layer, _) in result.items():
@@ -148,9 +150,14 @@ def _finish_block(
 
 
 def _quantize_block(
-    block: nn.Module, index: int, plan: Plan, config: QuantizeConfig, captured: CapturedInputs | None
+    block: nn.Module,
+    index: int,
+    task: tuple[Plan, QuantizeConfig],
+    captured: CapturedInputs | None,
+    check: Callable[[], None],
 ) -> BlockResult:
     """Quantize the groups of one block in order, each on inputs from the groups already in place; then train them."""
+    plan, config = task
     result: BlockResult = {}
     weights = {name: linear_of(block, name).weight.detach().float() for group in plan.groups for name in group}
     targets_STD = None
@@ -173,8 +180,10 @@ def _quantize_block(
             replace_module(block, name, result[name][0])
     if captured is not None and targets_STD is not None:
         samples = (captured.hidden_STD, targets_STD)
-        reconstruct_block(block, weights, samples, captured.run, config.reconstruction)
+        reconstruct_block(block, weights, samples, captured.run, config.reconstruction, check)
         _measure_again(block, plan, config, captured, (weights, result))
+    for layer, _ in result.values():
+        layer.start = {}
     return result
 
 

@@ -36,6 +36,7 @@ def reconstruct_block(
     samples: tuple[Tensor, Tensor],
     run: Run,
     config: ReconstructionConfig,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Train the quantized linears of a block in place.
 
@@ -45,6 +46,7 @@ def reconstruct_block(
         samples: inputs and the original block's outputs, float32 [S, T, D] each, on the CPU.
         run: runs the block on a batch.
         config: how long and how fast.
+        check: called before every epoch; it may raise to stop, which leaves the block as it was.
 
     Returns:
         The loss before and after.
@@ -52,25 +54,21 @@ def reconstruct_block(
     block.requires_grad_(requires_grad=False)
     layers = {name: block.get_submodule(name) for name in weights}
     latents: dict[str, Latent] = {}
-    for name, layer in layers.items():
-        assert isinstance(layer, QuantizedLinear)
-        latents[name] = LATENTS[layer.spec.format](layer, weights[name])
-        replace_module(block, name, latents[name])
-    state = {name: _snapshot(latent) for name, latent in latents.items()}
-    before = _loss_over(block, samples, run, config.batch)
-    _train(block, list(latents.values()), samples, run, config)
-    after = _loss_over(block, samples, run, config.batch)
-    if not after < before:
-        for name, latent in latents.items():
-            latent.load_state_dict(state[name])
-        after = before
-    for name, latent in latents.items():
-        replace_module(block, name, latent.harden())
-    return before, after
-
-
-def _snapshot(latent: Latent) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in latent.state_dict().items()}
+    try:
+        for name, layer in layers.items():
+            assert isinstance(layer, QuantizedLinear)
+            latents[name] = LATENTS[layer.spec.format](layer, weights[name])
+            replace_module(block, name, latents[name])
+        before = _loss_over(block, samples, run, config.batch)
+        _train(block, list(latents.values()), samples, run, config, check)
+        after = _loss_over(block, samples, run, config.batch)
+        if after < before:
+            for latent in latents.values():
+                latent.harden()
+    finally:
+        for name, layer in layers.items():
+            replace_module(block, name, layer)
+    return before, min(after, before) if after == after else before
 
 
 def _train(
@@ -79,6 +77,7 @@ def _train(
     samples: tuple[Tensor, Tensor],
     run: Run,
     config: ReconstructionConfig,
+    check: Callable[[], None],
 ) -> None:
     """Run Adam over shuffled batches."""
     assert config.epochs is not None
@@ -92,6 +91,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
     draw = torch.Generator().manual_seed(config.seed)
     for _ in range(config.epochs):
+        check()
         for batch in torch.randperm(len(inputs_STD), generator=draw).split(config.batch):
             loss = block_loss(run(block, inputs_STD[batch]), targets_STD[batch])
             optimizer.zero_grad(set_to_none=True)

@@ -1,9 +1,10 @@
 """ReconstructionConfig: how long and how fast blocks are trained.
 
-One epoch costs about three forward passes of the model over the calibration text: for a model of 135M parameters, 32
+One epoch costs about four forward passes of the model over the calibration text: for a model of 135M parameters, 32
 windows of 1024 tokens and two CPU cores some three minutes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -60,8 +61,14 @@ class ReconstructionConfig(StrictConfig):
         for name, value in PRESETS[self.preset]._asdict().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-            if getattr(self, name) < 0:
-                raise ConfigError(f"reconstruction.{name} {getattr(self, name)}: must not be negative")
+        assert self.epochs is not None
+        assert self.distill_epochs is not None
+        for name, value in PRESETS["full"]._asdict().items():
+            wanted = self.distill_epochs if name.startswith("distill") else self.epochs
+            if wanted and not getattr(self, name):  # epochs were asked for, and the preset has no rate for them
+                object.__setattr__(self, name, value)
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"reconstruction.{name} {getattr(self, name)}: must be a number from 0 up")
         if self.batch < 1:
             raise ConfigError(f"reconstruction.batch {self.batch}: at least 1 sample")
 

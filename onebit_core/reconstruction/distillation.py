@@ -11,6 +11,7 @@ Sources: NanoQuant, arXiv:2602.06694, section 3 (scale-only distillation); PEQA,
 Shape suffixes: S = samples, T = tokens, D = hidden size, V = vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,8 @@ from onebit_core.model.replace import replace_module
 from onebit_core.reconstruction.block import ADAM_BETAS, cosine
 from onebit_core.reconstruction.config import ReconstructionConfig
 from onebit_core.reconstruction.latents import LATENTS, Latent
+
+_log = logging.getLogger(__name__)
 
 Report = Callable[[int, int, float], None]
 """(steps done, steps in all, KL of the step's sample in nats per token)."""
@@ -43,12 +46,11 @@ def distill_scales(
         blocks: its decoder blocks, with quantized layers.
         samples: token ids int64 [S, T], and what the original's last block makes of them, float32 [S, T, D].
         config: `distill_epochs` and `distill_rate`.
-        report: called after every step; it may raise to stop.
+        report: called after every step; it may raise to stop. Scales that end no better than they began are put back.
     """
     assert config.distill_epochs is not None
     assert config.distill_rate is not None
     ids_ST, hidden_STD = samples
-    device = next(blocks.parameters()).device
     model.requires_grad_(requires_grad=False)
     with trainable(blocks) as latents, _recomputed(blocks):
         optimizer = torch.optim.Adam(
@@ -57,17 +59,30 @@ def distill_scales(
         steps = config.distill_epochs * len(ids_ST)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
         draw = torch.Generator().manual_seed(config.seed)
+        before, start = mean_divergence(model, blocks, samples), [latent.state() for latent in latents]
         order = [int(i) for _ in range(config.distill_epochs) for i in torch.randperm(len(ids_ST), generator=draw)]
         for step, sample in enumerate(order, start=1):
-            ids_1T = ids_ST[sample : sample + 1].to(device)
-            with torch.no_grad(), _given(blocks, hidden_STD[sample : sample + 1].to(device)):
-                wanted_1TV = _logits(model, ids_1T)
-            loss = divergence(wanted_1TV, _logits(model, ids_1T))
+            loss = divergence(*_both_logits(model, blocks, ids_ST[sample], hidden_STD[sample]))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
             report(step, steps, float(loss.detach()))
+        after = mean_divergence(model, blocks, samples)
+        if not after < before:
+            for latent, state in zip(latents, start, strict=True):
+                latent.load_state_dict(state)
+            _log.warning("distillation did not help (KL %.4f, before %.4f); scales stay as they were", after, before)
+
+
+@torch.no_grad()
+def mean_divergence(model: nn.Module, blocks: nn.ModuleList, samples: tuple[Tensor, Tensor]) -> float:
+    """Return the KL per token over all samples."""
+    total = 0.0
+    for ids_T, hidden_TD in zip(*samples, strict=True):
+        wanted, found = _both_logits(model, blocks, ids_T, hidden_TD)
+        total += float(divergence(wanted, found))
+    return total / len(samples[0])
 
 
 def divergence(wanted_BTV: Tensor, logits_BTV: Tensor) -> Tensor:
@@ -81,13 +96,13 @@ def divergence(wanted_BTV: Tensor, logits_BTV: Tensor) -> Tensor:
 def trainable(blocks: nn.ModuleList) -> Iterator[list[Latent]]:
     """Put latents with trainable scales in the places of quantized layers; pack them again at the end."""
     latents: dict[str, Latent] = {}
-    for name, layer in list(blocks.named_modules()):
-        if isinstance(layer, QuantizedLinear):
-            latents[name] = LATENTS[layer.spec.format](layer, layer.base_weight())
-            replace_module(blocks, name, latents[name])
-            for value in latents[name].latents():
-                value.requires_grad = False
     try:
+        for name, layer in list(blocks.named_modules()):
+            if isinstance(layer, QuantizedLinear):
+                latents[name] = LATENTS[layer.spec.format](layer, layer.base_weight())
+                replace_module(blocks, name, latents[name])
+                for value in latents[name].latents():
+                    value.requires_grad = False
         yield list(latents.values())
     finally:
         for name, latent in latents.items():
@@ -146,6 +161,15 @@ def _given(blocks: nn.ModuleList, hidden: Tensor) -> Any:
     """Let the model end with the given hidden states in place of computing them."""
     last = len(blocks) - 1
     return _in_places(blocks, [_Given(block, hidden if i == last else None) for i, block in enumerate(blocks)])
+
+
+def _both_logits(model: nn.Module, blocks: nn.ModuleList, ids_T: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the original's logits of a sample and the model's own, [1, T, V]; gradients for the second."""
+    device = next(model.parameters()).device
+    ids_1T = ids_T[None].to(device)
+    with torch.no_grad(), _given(blocks, hidden_TD[None].to(device)):
+        wanted_1TV = _logits(model, ids_1T)
+    return wanted_1TV, _logits(model, ids_1T)
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ Salient weights are frozen. `harden` packs the layer again; its tensors have the
 Shape suffixes: P = planes, O = output features, I = input features, G = groups, R = rank, T = tokens.
 """
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -74,6 +73,10 @@ class Latent(nn.Module, ABC):
     def factors(self) -> list[nn.Parameter]:
         """Return the parameters behind scales and levels."""
         return [value for name, value in self.named_parameters() if not name.startswith("latent")]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of the parameters."""
+        return {key: value.clone() for key, value in self.state_dict().items()}
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; [..., I] to [..., O]."""
@@ -176,7 +179,7 @@ class IntLatent(Latent):
         codes_OI = unpack_codes(layer.planes, self.columns).float()
         wanted_OI = weight_OI / expand_groups(self.scale_OG, self.columns) + self.zero_OI
         rest_OI = (wanted_OI - codes_OI).clamp(-LARGEST_REST, LARGEST_REST)
-        self.latent_OI = nn.Parameter(codes_OI + rest_OI)
+        self.latent_OI = nn.Parameter((codes_OI + rest_OI).clamp(0, 2**self.bits - 1))  # outside no gradient leads back
         self.factor_OG = _factor(self.scale_OG)
 
     def base_weight(self) -> Tensor:
@@ -223,8 +226,9 @@ class LutLatent(Latent):
         return (level_OI + LEVEL_SHARE * (inside_OI - level_OI)) / spread_OI
 
     def _levels(self) -> Tensor:
-        """Return the levels as trained so far, ascending, [O, G, 4]."""
-        return (self.levels_OG4 + self.delta_OG4 * self.spread_OG[..., None]).sort(-1).values
+        """Return the levels as trained so far, [O, G, 4]; ascending while indices may change."""
+        levels_OG4 = self.levels_OG4 + self.delta_OG4 * self.spread_OG[..., None]
+        return levels_OG4.sort(-1).values if self.latent_OI.requires_grad else levels_OG4
 
     def _steps(self, levels_OG4: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield, for each of the three edges between levels: which latents lie above it, and the step there.
@@ -232,9 +236,12 @@ class LutLatent(Latent):
         Bool [O, G, K] and float32 [O, G, 1]; a group's K columns are an axis of their own.
         """
         latent_OGK = self.latent_OI.detach().view(*self.spread_OG.shape, -1)
-        for low_OG, high_OG in itertools.pairwise(levels_OG4.unbind(-1)):
-            middle_OG = ((low_OG + high_OG) / 2 / self.spread_OG).detach()
-            yield latent_OGK > middle_OG[..., None], (high_OG - low_OG)[..., None]
+        # Frozen indices are those of the start, wherever levels move.
+        deciding_OG4 = levels_OG4.detach() if self.latent_OI.requires_grad else self.levels_OG4
+        for edge in range(3):
+            middle_OG = (deciding_OG4[..., edge] + deciding_OG4[..., edge + 1]) / 2 / self.spread_OG
+            step_OG = levels_OG4[..., edge + 1] - levels_OG4[..., edge]
+            yield latent_OGK > middle_OG[..., None], step_OG[..., None]
 
     def base_weight(self) -> Tensor:
         """Return the levels that the latents are nearest to."""
@@ -301,7 +308,6 @@ class FactorLatent(Latent):
         )
         for name, tensor in fresh.named_buffers():
             layer.get_buffer(name).copy_(tensor)
-        layer.start = {}
 
 
 LATENTS: dict[str, Callable[[Any, Tensor], Latent]] = {

@@ -102,6 +102,24 @@ def test_reconstruction_brings_the_model_nearer_to_the_original(tiny_llama, tmp_
     assert errors[1] < errors[0]
 
 
+def test_distillation_helps_or_is_undone(tiny_llama, tmp_path):
+    """A sensible rate changes scales and brings the logits nearer; a rate far too large leaves the artifact as it was."""
+    plain = quantize_tiny(tiny_llama, tmp_path / "plain", "rtn", settings={"bits": 2, "group_size": 32})
+    original, _ = load_original(str(tiny_llama), dtype=torch.float32)
+    errors = {}
+    for rate in (2e-3, 10.0):
+        path = quantize_tiny(
+            tiny_llama,
+            tmp_path / str(rate),
+            "rtn",
+            settings={"bits": 2, "group_size": 32},
+            reconstruction={"distill_epochs": 4, "distill_rate": rate},
+        )
+        errors[rate] = (load_model(path, backend="dense").model(IDS).logits - original(IDS).logits).norm()
+        assert (read_manifest(path).sha256 == read_manifest(plain).sha256) == (rate == 10.0)
+    assert errors[2e-3] < errors[10.0]
+
+
 def test_bits_are_those_of_the_file(tiny_llama, tmp_path):
     """True bits, whole-model bits and bytes by part add up to the tensors on disk."""
     artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "pb_llm")

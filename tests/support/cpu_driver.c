@@ -1,9 +1,8 @@
 /* Runs the C kernels without Python: every instruction set of this machine, odd shapes, random bits, compared with a
- * naive loop. Made for builds that Python cannot load: with sanitizers, or for another processor under an emulator.
- *
+ * naive loop. For builds that Python cannot load: with sanitizers, or for another processor under an emulator.
  *   cc -fopenmp -I onebit_core/kernels/cpu/src tests/support/cpu_driver.c onebit_core/kernels/cpu/src/[a-z]*.c -lm
  *
- * Checked for every kind of weight:
+ * Checked for every kind:
  *   exact    small integers for x and powers of two for coefficients give the naive result bit for bit
  *   near     random floats stay within the error of 14-bit activations
  *   equal    every instruction set, number of threads and batch size gives the bits that portable C gives
@@ -13,15 +12,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
 #include "onebit_cpu.h"
-
 enum { MAX_TERMS = 2, MAX_TOKENS = 33 };
 
 typedef struct {
     int planes, groups, binary_code, with_offset, with_scale_in;
 } term_shape;
-
 typedef struct {
     const char *name;
     int rows, columns, num_terms, sparse_percent, bytes, bias;
@@ -268,7 +264,8 @@ static void *multiply(const weight_shape *shape, packed blob, const float *x, in
     int stride = shape->columns + (tokens % 3);
     void *input = to_dtype(x, shape->columns, tokens, stride, dtype);
     void *y = malloc((int64_t)tokens * shape->rows * (dtype == OB_FLOAT32 ? 4 : 2) + (tokens == 0));
-    int status = ob_matmul(blob.bytes, blob.size, input, dtype, tokens, stride, y, threads);
+    int64_t n = shape->rows, k = shape->columns;
+    int status = ob_matmul(blob.bytes, blob.size, n, k, input, dtype, tokens, stride, y, threads);
     if (status) fail(shape->name, isa, ob_error_text(status));
     free(input);
     return y;
@@ -357,15 +354,20 @@ static void check_refusals(const weight_shape *shape) {
     weight_data data = make_weight(shape, 0);
     packed blob = pack(shape, &data, "auto", 1);
     float x[300] = {0}, y[65];
-    int64_t fields[64], length = fill_operands(shape, &data, fields);
+    int64_t rows = shape->rows, columns = shape->columns, fields[64], length = fill_operands(shape, &data, fields);
     for (int64_t size = 0; size < blob.size; size += 1 + size / 8) {
         void *cut = NULL;
         if (posix_memalign(&cut, 64, size + 1)) fail(shape->name, "auto", "no memory");
         memcpy(cut, blob.bytes, size);
-        if (ob_matmul(cut, size, x, OB_FLOAT32, 1, 300, y, 1) == OB_OK) fail(shape->name, "auto", "took a cut blob");
+        int status = ob_matmul(cut, size, rows, columns, x, OB_FLOAT32, 1, 300, y, 1);
+        if (status == OB_OK) fail(shape->name, "auto", "took a cut blob");
         free(cut);
     }
-    if (ob_matmul(blob.bytes, blob.size, x, 7, 1, 300, y, 1) == OB_OK) fail(shape->name, "auto", "took data type 7");
+    for (int i = 0; i < 3; i++) { /* a row too few, a column too few, a data type that does not exist */
+        int64_t n = rows - (i == 0), k = columns - (i == 1), dtype = i == 2 ? 7 : OB_FLOAT32;
+        int status = ob_matmul(blob.bytes, blob.size, n, k, x, (int)dtype, 1, 300, y, 1);
+        if (status == OB_OK) fail(shape->name, "auto", "took what is not its own");
+    }
     if (ob_pack(fields, length, blob.bytes, blob.size - 1, 1) == OB_OK) fail(shape->name, "auto", "packed beyond");
     if (ob_pack_size(fields, length - 1) > 0 || ob_pack_size(fields, 3) > 0) fail(shape->name, "auto", "read beyond");
     if (ob_select_isa("nonsense") != OB_ERROR_ISA_UNKNOWN) fail("nonsense", "auto", "selected");
@@ -377,8 +379,8 @@ int main(void) {
     enum { CASES = 2 * sizeof SHAPES / sizeof *SHAPES };
     static weight_data data[CASES];
     static truth truths[CASES];
-    char available[256];
-    strcpy(available, ob_isa_available());
+    char available[256] = "";
+    strncat(available, ob_isa_available(), sizeof available - 1);
     if (*ob_isa_refused()) fail("self-test", ob_isa_refused(), "refused");
     for (int i = 0; i < CASES; i++) {
         data[i] = make_weight(&SHAPES[i / 2], i % 2); /* odd ones: exact arithmetic */

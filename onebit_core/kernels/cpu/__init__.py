@@ -83,6 +83,8 @@ def matmul(x: Tensor, parts: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
     status = library.ob_matmul(
         blob.data_ptr(),
         blob.numel(),
+        layout[0],
+        layout[1],
         x.data_ptr(),
         dtype,
         num_tokens,

@@ -24,7 +24,7 @@ import torch  # noqa: F401  # first: it loads the libgomp.so.1 that the library 
 
 from onebit_core.errors import BackendUnavailable, KernelError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """The ob_version() that this code speaks with: functions, arguments and the layout of packed weights."""
 
 PATH = Path(__file__).with_name("_onebit_cpu.so")
@@ -43,8 +43,13 @@ FUNCTIONS = {
     "ob_isa_refused": (_text, ()),
     "ob_pack_size": (_int64, (_pointer, _int64)),
     "ob_pack": (_int, (_pointer, _int64, _pointer, _int64, _int)),
-    "ob_matmul": (_int, (_pointer, _int64, _pointer, _int, _int64, _int64, _pointer, _int)),
+    "ob_matmul": (_int, (_pointer, _int64, _int64, _int64, _pointer, _int, _int64, _int64, _pointer, _int)),
 }
+
+
+class WrongInstructionSet(BackendUnavailable):
+    """ONEBIT_CPU_ISA names one that does not exist or that this machine cannot run."""
+
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -63,7 +68,11 @@ def load() -> ctypes.CDLL:
 
 
 def why_missing() -> str | None:
-    """Return one sentence on why the library cannot be used here, with the remedy; None if it can."""
+    """Return one sentence on why the library cannot be used here, with the remedy; None if it can.
+
+    Raises:
+        WrongInstructionSet: ONEBIT_CPU_ISA cannot be meant.
+    """
     loaded = _loaded()
     return loaded if isinstance(loaded, str) else None
 
@@ -89,6 +98,8 @@ def _loaded() -> ctypes.CDLL | str:
 def _attempt() -> ctypes.CDLL | str:
     try:
         return open_library(PATH, os.environ.get("ONEBIT_CPU_ISA", ""))
+    except WrongInstructionSet:
+        raise  # somebody asked for it by name: no other backend may take its place in silence
     except BackendUnavailable as error:
         return str(error)
 
@@ -108,7 +119,7 @@ def open_library(path: Path, isa: str) -> ctypes.CDLL:
     if status != 0:
         available = library.ob_isa_available().decode()
         reason = library.ob_error_text(status).decode()
-        raise BackendUnavailable(f"ONEBIT_CPU_ISA={isa!r}: {reason}; this machine can run auto,{available}")
+        raise WrongInstructionSet(f"ONEBIT_CPU_ISA={isa!r}: {reason}; this machine can run auto,{available}")
     if refused := library.ob_isa_refused().decode():
         _log.error(
             "cpu kernels: %s disagreed with portable C and will not be used; please report the processor", refused

@@ -120,6 +120,8 @@ def test_commands_and_files_name_no_folders_of_this_machine(tmp_path):
     command = shown_command("benchmarks.kernels", ["--out", "/a/b/c.csv", "--only", "M=1"])
     assert command == "python -m benchmarks.kernels --out c.csv --only M=1"
     assert output_file(tmp_path, "kernels", "A (b)", "2026-01-02") == tmp_path / "kernels_a_2026-01-02.csv"
+    assert output_file(tmp_path, "kernels", "A (b)", "2026-01-02", 2).name == "kernels_a-2-threads_2026-01-02.csv"
+    assert output_file(tmp_path, "kernels", "A (b)", "2026-01-02", 1).name == "kernels_a-1-thread_2026-01-02.csv"
     assert output_file(tmp_path / "x.csv", "kernels", "A", "2026-01-02") == tmp_path / "x.csv"
 
 

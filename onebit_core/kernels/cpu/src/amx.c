@@ -162,6 +162,7 @@ const ob_tier ob_amx = {
     .finish = ob_finish,
     .prefers_panel = prefers_panel,
     .splits_bytes = 1,
+    .giga_weights = 240,
 };
 
 #if defined(__clang__)

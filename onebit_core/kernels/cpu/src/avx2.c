@@ -194,6 +194,7 @@ const ob_tier ob_avx2 = {
     .finish = ob_finish,
     .prefers_panel = prefers_panel,
     .splits_bytes = 0,
+    .giga_weights = 80,
 };
 
 #if defined(__clang__)

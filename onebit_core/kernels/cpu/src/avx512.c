@@ -146,6 +146,7 @@ const ob_tier ob_avx512 = {
     .finish = ob_finish,
     .prefers_panel = prefers_panel,
     .splits_bytes = 1,
+    .giga_weights = 130,
 };
 
 #if defined(__clang__)

@@ -2,12 +2,13 @@
  *
  *   region:  for each chunk of tokens:
  *                quantize         split over (token, set, segment)
- *                barrier
+ *                gate             all threads are here
  *                supertiles       static split; every thread owns its rows of y
- *                barrier          the next chunk overwrites the quantized x
+ *                gate             the next chunk overwrites the quantized x
  */
 #include "onebit_cpu.h"
 #include "scratch.h"
+#include "threads.h"
 #include "tier.h"
 
 #include <string.h>
@@ -19,7 +20,6 @@ enum {
     MAX_SETS = 65,
     MAX_CHUNK = 64,               /* tokens quantized at a time */
     CHUNK_BYTES = 1 << 20,        /* what their tables may take: half of a common L2 cache */
-    SERIAL_WORK = 2 * 1000 * 1000 /* plane weights times tokens below which waking threads costs more than it saves */
 };
 
 typedef struct {
@@ -34,6 +34,7 @@ typedef struct {
     int64_t chunk;
     ob_activations quantized[MAX_SETS];
     uint8_t *workers; /* scratch of every worker */
+    ob_gate *gate;
 } ob_call;
 
 static const int64_t PANEL_SCRATCH = (int64_t)OB_PANEL_BYTES * (OB_MAX_SEGMENT / OB_BLOCK);
@@ -172,25 +173,18 @@ static void multiply_supertile(const ob_call *call, int64_t first_token, int64_t
     }
 }
 
-/* A lone worker waits for nobody, not even for the team of a caller that is itself inside of a parallel region. */
-static void wait_for_all(int workers) {
-    if (workers > 1) {
-#pragma omp barrier
-    }
-}
-
 static void work(const ob_call *call, int worker, int workers) {
     int64_t supertiles = call->blob->num_supertiles;
     uint8_t *scratch = call->workers + worker * worker_bytes(call);
     for (int64_t first = 0; first < call->tokens; first += call->chunk) {
         int64_t tokens = call->tokens - first < call->chunk ? call->tokens - first : call->chunk;
         quantize_share(call, first, tokens, worker, workers);
-        wait_for_all(workers);
+        ob_gate_wait(call->gate, workers);
         int64_t end = supertiles * (worker + 1) / workers;
         for (int64_t tile = supertiles * worker / workers; tile < end; tile++) {
             multiply_supertile(call, first, tokens, tile, scratch);
         }
-        wait_for_all(workers);
+        ob_gate_wait(call->gate, workers);
     }
 }
 
@@ -221,8 +215,8 @@ static int plan_work(const ob_call *call, int threads, uint8_t *wants) {
     if (blob->sparse.scale) wants[blob->sparse.set] |= split;
     planes += blob->dense.scale || blob->sparse.scale ? 4 : 0;
     double weights = (double)blob->rows * (double)blob->columns * (double)planes * (double)call->tokens;
-    if (weights < SERIAL_WORK) return 1;
-    return threads < blob->num_supertiles ? threads : (int)blob->num_supertiles;
+    if (blob->num_supertiles < threads) threads = (int)blob->num_supertiles;
+    return ob_threads_worth(weights / (1e9 * call->tier->giga_weights), threads);
 }
 
 int ob_matmul_with(const ob_tier *tier, const ob_blob *blob, const void *x, int dtype, int64_t tokens, int64_t x_stride,
@@ -230,6 +224,8 @@ int ob_matmul_with(const ob_tier *tier, const ob_blob *blob, const void *x, int 
     if (tokens == 0 || blob->rows == 0) return OB_OK;
     ob_call call = {.tier = tier, .blob = blob, .sets = ob_at(blob, blob->sets), .terms = ob_at(blob, blob->terms),
                     .x = x, .y = y, .dtype = dtype, .tokens = tokens, .x_stride = x_stride};
+    ob_gate gate = {0};
+    call.gate = &gate;
     uint8_t wants[MAX_SETS];
     threads = plan_work(&call, threads, wants);
     int64_t one = lay_out(&call, wants, 1, 0, NULL), chunk = one ? CHUNK_BYTES / one : MAX_CHUNK;
@@ -242,12 +238,13 @@ int ob_matmul_with(const ob_tier *tier, const ob_blob *blob, const void *x, int 
     return OB_OK;
 }
 
-int ob_matmul(const void *blob, int64_t blob_bytes, const void *x, int dtype, int64_t tokens, int64_t x_stride, void *y,
-              int threads) {
+int ob_matmul(const void *blob, int64_t blob_bytes, int64_t rows, int64_t columns, const void *x, int dtype,
+              int64_t tokens, int64_t x_stride, void *y, int threads) {
     const ob_blob *header = blob;
     if (blob == NULL || (uintptr_t)blob % 64 || blob_bytes < (int64_t)sizeof *header) return OB_ERROR_BLOB;
     if (header->magic != OB_MAGIC || header->version != OB_VERSION) return OB_ERROR_BLOB;
     if (header->blob_bytes != blob_bytes) return OB_ERROR_BLOB;
+    if (header->rows != rows || header->columns != columns) return OB_ERROR_ARGUMENT;
     if (dtype < OB_FLOAT32 || dtype > OB_FLOAT16 || tokens < 0 || threads < 1) return OB_ERROR_ARGUMENT;
     if (tokens && (x == NULL || y == NULL || (tokens > 1 && x_stride < header->columns))) return OB_ERROR_ARGUMENT;
     const ob_tier *tier = ob_current_tier();

@@ -271,6 +271,7 @@ const ob_tier ob_neon = {
     .finish = ob_finish,
     .prefers_panel = prefers_panel,
     .splits_bytes = 0,
+    .giga_weights = 40,
 };
 
 const ob_tier ob_neondot = {
@@ -284,6 +285,7 @@ const ob_tier ob_neondot = {
     .finish = ob_finish,
     .prefers_panel = prefers_panel_dot,
     .splits_bytes = 1,
+    .giga_weights = 40,
 };
 
 #endif

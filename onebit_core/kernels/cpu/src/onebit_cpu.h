@@ -58,7 +58,7 @@ typedef struct {
     int64_t binary_code;   /* 1: plane q counts 2^q inside of one code */
 } ob_term;
 
-/* The version of this ABI and of the blob: 1. */
+/* The version of this ABI and of the blob: 2. */
 OB_API int ob_version(void);
 
 /* What a status means, one English sentence; never NULL. */
@@ -85,9 +85,10 @@ OB_API int64_t ob_pack_size(const int64_t *operands, int64_t length);
 /* Write the blob. `blob` is 64-byte aligned and has `blob_bytes` = ob_pack_size bytes; `threads` >= 1. */
 OB_API int ob_pack(const int64_t *operands, int64_t length, void *blob, int64_t blob_bytes, int threads);
 
-/* y = x W^T + bias for `tokens` rows of x (0 is allowed). x and y have the data type `dtype` (ob_dtype); rows of x
- * begin x_stride elements apart, y is contiguous. At most `threads` threads work; small products use one. */
-OB_API int ob_matmul(const void *blob, int64_t blob_bytes, const void *x, int dtype, int64_t tokens, int64_t x_stride,
-                     void *y, int threads);
+/* y = x W^T + bias for `tokens` rows of x (0 is allowed). x and y have the data type `dtype` (ob_dtype) and `columns`
+ * and `rows` elements a token, which must be the blob's; rows of x begin x_stride elements apart, y is contiguous. At
+ * most `threads` threads work, and only where waking them costs less than it saves. */
+OB_API int ob_matmul(const void *blob, int64_t blob_bytes, int64_t rows, int64_t columns, const void *x, int dtype,
+                     int64_t tokens, int64_t x_stride, void *y, int threads);
 
 #endif

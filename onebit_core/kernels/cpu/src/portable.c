@@ -88,4 +88,5 @@ const ob_tier ob_portable = {
     .finish = ob_finish,
     .prefers_panel = never,
     .splits_bytes = 0,
+    .giga_weights = 7,
 };

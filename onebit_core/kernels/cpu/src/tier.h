@@ -81,7 +81,8 @@ typedef struct {
     void (*byte_part)(const ob_product_job *job);  /* dense bytes, or a sparse part where job->masks is set */
     void (*finish)(const ob_finish_job *job);
     int (*prefers_panel)(const ob_packed_term *term, int64_t tokens); /* panel_term wins over lut_term */
-    int splits_bytes; /* panel_term and byte_part read x.hi and x.lo, not only x.xq */
+    double giga_weights; /* about how many plane weights, in 1e9, one thread multiplies in a second */
+    int splits_bytes;    /* panel_term and byte_part read x.hi and x.lo, not only x.xq */
 } ob_tier;
 
 extern const ob_tier ob_portable;

@@ -1,5 +1,9 @@
 """Devices and backends are chosen by name; what cannot run says why."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -52,6 +56,22 @@ def test_a_backend_that_cannot_run_names_its_reason():
     with pytest.raises(BackendUnavailable, match="backend 'triton' cannot run here: ") as caught:
         resolve_backend("triton", "cuda")
     assert reason in str(caught.value)
+
+
+def test_an_instruction_set_asked_for_in_vain_is_an_error_under_auto_too():
+    """ONEBIT_CPU_ISA is a choice by name: dense must not take its place in silence."""
+    if packed_backend("cpu").why_unavailable() is not None:
+        pytest.skip("the C library is missing")
+    code = "from onebit_core.kernels import resolve_backend; resolve_backend('auto')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ONEBIT_CPU_ISA": "avx9000"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "ONEBIT_CPU_ISA='avx9000'" in done.stderr
 
 
 def test_what_runs_is_described_in_one_line():

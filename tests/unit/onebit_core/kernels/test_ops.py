@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onebit_core.errors import BackendUnavailable
+from onebit_core.errors import BackendUnavailable, KernelError
 from onebit_core.kernels import (
     LinearOperands,
     Packed,
@@ -156,8 +156,18 @@ def test_packed_matmul_takes_any_leading_shape():
         torch.testing.assert_close(
             packed_matmul(x, packed).double(), x.double() @ weight.T + bias, rtol=1e-3, atol=1e-3
         )
-    x = torch.randn(64, 5, generator=generator()).T
-    torch.testing.assert_close(packed_matmul(x, packed), packed_matmul(x.contiguous(), packed), rtol=0, atol=0)
+    row = torch.randn(1, 64, generator=generator())
+    for x in (torch.randn(64, 5, generator=generator()).T, row.expand(4, 64), row[0].repeat(3).unfold(0, 64, 8)):
+        torch.testing.assert_close(packed_matmul(x, packed), packed_matmul(x.contiguous(), packed), rtol=0, atol=0)
+    assert packed_matmul(row.double(), packed).dtype == torch.float64
+
+
+def test_packed_matmul_refuses_a_layout_of_another_weight():
+    """The sizes a caller states are compared with the packed weight's own before anything is written."""
+    _, packed = packed_on_cpu()
+    for layout in ((5, 64, 0), (7, 64, 0)):
+        with pytest.raises(KernelError, match="size"):
+            packed_matmul(torch.zeros(1, 64), Packed(parts=packed.parts, layout=layout))
 
 
 def test_packed_matmul_refuses_another_width():

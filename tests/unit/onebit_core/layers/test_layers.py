@@ -73,6 +73,23 @@ def factor_layer() -> FactorLinear:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_what_lies_between_two_factors_may_be_large(backend):
+    """A middle beyond the range of float16 is no overflow if the result is in range."""
+    layer = FactorLinear.from_factors(
+        torch.ones(32, 160),
+        draw(6, 32),
+        scale_in_I=torch.full((160,), 64.0),
+        scale_mid_R=torch.full((32,), 64.0),
+        scale_out_O=torch.full((6,), 2.0**-14),
+    )
+    x = torch.full((1, 160), 16.0, dtype=torch.float16)
+    use_backend(layer, backend)
+    expected = x.double() @ layer.dequantize().double().T
+    torch.testing.assert_close(layer(x).double(), expected, rtol=2e-3, atol=0)
+    assert layer(x).dtype == torch.float16
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_factor_layer_multiplies_by_the_product_of_its_factors(with_bias, backend):
     """Two sign products in a row, bias at the end, on every backend."""
@@ -179,6 +196,7 @@ def test_bits_of_grouped_integers():
         {"format": "factor", "rank": 8, "salient": {"count": 1, "index": "block"}},
         {"format": "lut", "groups": 1},
         {"format": "lut", "planes": 2},
+        {"planes": 9},
     ],
 )
 def test_an_impossible_spec_is_refused(values):
@@ -291,3 +309,34 @@ def test_a_layer_that_is_not_packed_keeps_its_tensors():
     layer = int_layer()
     release_stored(layer)
     assert not any(buffer.is_meta for buffer in layer.buffers())
+
+
+def test_another_backend_starts_afresh(attention):
+    """What was packed for one backend is never computed with under the name of another."""
+    x = draw(2, 160)
+    pack_layers(attention, [("q", "k", "v")])
+    use_backend(attention, "reference")
+    assert packed_bytes(attention) == 0
+    torch.testing.assert_close(attention(x)[:, :6], x @ attention.q.dequantize().T, rtol=1e-5, atol=1e-4)
+    use_backend(attention, "cpu")
+    pack_layers(attention)
+    release_stored(attention)
+    use_backend(attention, "cpu")
+    with pytest.raises(BackendUnavailable, match="load it again"):
+        use_backend(attention, "dense")
+
+
+@pytest.mark.parametrize("damage", ["swap", "repeat", "far"])
+def test_a_salient_index_out_of_order_is_refused(damage):
+    """Backends read the codes in row-major order: an index in another order would mean another weight to each."""
+    layer = int_layer(salient(6, 160, 30))
+    assert layer.spec.salient.index == "block"
+    layer.salient.check()
+    columns = layer.salient.columns
+    row = int((layer.salient.counts[:, 0] >= 2).nonzero()[0])
+    first = int(layer.salient.counts[:row].sum())
+    if damage == "swap":
+        columns[[first, first + 1]] = columns[[first + 1, first]]
+    columns[first + 1] = {"swap": columns[first + 1], "repeat": columns[first], "far": 200}[damage]
+    with pytest.raises(CorruptArtifact, match="out of order, twice, or outside"):
+        layer.salient.check()

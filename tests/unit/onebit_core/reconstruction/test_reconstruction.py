@@ -162,12 +162,65 @@ def test_signs_pass_the_gradient_straight_through():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"preset": "huge"}, "huge"), ({"epochs": -1}, "epochs -1"), ({"batch": 0}, "batch 0"), ({"rate": 1}, "rate")],
+    [
+        ({"preset": "huge"}, "huge"),
+        ({"epochs": -1}, "epochs -1"),
+        ({"epochs": 2, "scale_rate": float("nan")}, "scale_rate: nan"),
+        ({"batch": 0}, "batch 0"),
+        ({"rate": 1}, "rate"),
+    ],
 )
 def test_impossible_settings_are_refused(values, message):
     """The value is in the message."""
     with pytest.raises(ConfigError, match=message):
         ReconstructionConfig.from_dict(values)
+
+
+def test_epochs_without_a_rate_take_that_of_full():
+    """Asking for epochs alone trains."""
+    asked = ReconstructionConfig(epochs=3)
+    assert (asked.latent_rate, asked.scale_rate) == (1e-2, 5e-3)
+    assert asked.distill_rate == 0
+    assert ReconstructionConfig(preset="light", distill_epochs=1).distill_rate == 2e-3
+
+
+class Stopped(Exception):
+    """Raised by a check."""
+
+
+def test_a_training_that_is_stopped_leaves_the_block_as_it_was(original):
+    """Layers are back in their places, with their bits."""
+    block = copy.deepcopy(original)
+    weights = put_quantized(block, "lut2")
+    layers, before = (block.up, block.down), copy.deepcopy(block.state_dict())
+    calls = []
+
+    def check() -> None:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise Stopped
+
+    inputs = draw(8, 4, 64)
+    samples = (inputs, original(inputs).detach())
+    with pytest.raises(Stopped):
+        reconstruct_block(block, weights, samples, run, ReconstructionConfig(preset="full"), check)
+    assert (block.up, block.down) == layers
+    assert all(torch.equal(block.state_dict()[name], value) for name, value in before.items())
+
+
+def test_frozen_indices_stay_while_levels_move():
+    """What only scales are trained for keeps every index, also where levels pass each other."""
+    weight = draw(8, 64)
+    layer = quantized("lut2", weight)
+    planes = layer.planes.clone()
+    latent = LATENTS["lut"](layer, layer.base_weight())
+    latent.latent_OI.requires_grad = False
+    with torch.no_grad():
+        latent.delta_OG4[..., 1] += 3.0
+        expected = latent.base_weight()
+    hardened = latent.harden()
+    assert torch.equal(hardened.planes, planes)
+    torch.testing.assert_close(hardened.dequantize(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_presets_are_written_out():
