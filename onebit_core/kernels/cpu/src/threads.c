@@ -12,14 +12,11 @@
 #endif
 
 enum {
-    SPINS = 4000,       /* some ten microseconds */
-    TRIALS = 5,         /* the median counts */
-    MOST_THREADS = 256, /* more are measured as so many */
-    CALLS_PER_MEASUREMENT = 1 << 14
+    SPINS = 4000,                    /* some ten microseconds */
+    TRIALS = 5,                      /* the median counts */
+    MOST_THREADS = 256,              /* more are measured as so many */
+    CALLS_PER_MEASUREMENT = 1 << 14, /* the machine may have become busy, or idle */
 };
-
-static const double PAUSE = 50e-6; /* between two products of a model that decodes */
-static const double MARGIN = 1.25; /* how much several threads must promise to win */
 
 static void relax(void) {
 #if defined(__x86_64__)
@@ -47,6 +44,9 @@ void ob_gate_wait(ob_gate *gate, int workers) {
 }
 
 #ifdef _OPENMP
+static const double PAUSE = 50e-6; /* between two products of a model that decodes */
+static const double MARGIN = 1.25; /* how much several threads must promise to win */
+
 static double now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
