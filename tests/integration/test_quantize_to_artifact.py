@@ -103,7 +103,7 @@ def test_reconstruction_brings_the_model_nearer_to_the_original(tiny_llama, tmp_
 
 
 def test_distillation_helps_or_is_undone(tiny_llama, tmp_path):
-    """A sensible rate changes scales and brings the logits nearer; a rate far too large leaves the artifact as it was."""
+    """A sensible rate brings the logits nearer; one far too large leaves the artifact as it was."""
     plain = quantize_tiny(tiny_llama, tmp_path / "plain", "rtn", settings={"bits": 2, "group_size": 32})
     original, _ = load_original(str(tiny_llama), dtype=torch.float32)
     errors = {}
