@@ -39,7 +39,7 @@ class InlineEngine:
     def __init__(self, folder: Path, *, loader: str = PLAIN_LOADER, device: str = "cpu", **config) -> None:
         self.config = EngineConfig(artifact=str(folder), device=device, loader=loader, **config)
         self.runner, self.tokenizer = load(self.config)
-        self.info = describe(self.runner, self.tokenizer, self.config)
+        self.info = describe(self.runner, self.tokenizer)
         self.inbox: SimpleQueue[ToEngine] = SimpleQueue()
         self.reports: list[StepReport] = []
         self.results: dict[str, Result] = {}
