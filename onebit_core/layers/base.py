@@ -66,18 +66,18 @@ class QuantizedLinear(nn.Module, ABC):
         """Multiply by the base weight through the packed op; [..., I] to [..., O], x's dtype."""
 
     @abstractmethod
-    def terms(self) -> tuple[PlaneTerm, ...]:
-        """Return the base weight in the form that packed kernels read."""
-
     def chain(self) -> tuple[LinearOperands, ...]:
         """Return the products that make up this layer, the first on x, in the form that packed kernels read."""
+
+    def product(self, terms: tuple[PlaneTerm, ...]) -> LinearOperands:
+        """Return the one product of a layer whose base weight is a sum of planes, salient part and bias included."""
         product = LinearOperands(
             out_features=self.out_features,
             in_features=self.in_features,
-            planes=self.terms(),
+            planes=terms,
             sparse=None if self.salient is None else self.salient.term(),
         )
-        return (self.with_bias(product),)
+        return self.with_bias(product)
 
     def with_bias(self, product: LinearOperands) -> LinearOperands:
         """Return a product with this layer's bias, if it has one, added."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from onebit_core.kernels import LinearOperands, PlaneTerm, factor_matmul, factor_operands, num_words, pack_signs
+from onebit_core.kernels import LinearOperands, factor_matmul, factor_operands, num_words, pack_signs
 from onebit_core.kernels import unpack_signs as signs_of
 from onebit_core.layers.base import QuantizedLinear
 from onebit_core.layers.spec import LayerSpec
@@ -78,10 +78,6 @@ class FactorLinear(QuantizedLinear):
     def base_matmul(self, x: Tensor) -> Tensor:
         """Multiply through `factor_matmul`."""
         return factor_matmul(x, self.down, self.up, self.scale_in, self.scale_mid, self.scale_out)
-
-    def terms(self) -> tuple[PlaneTerm, ...]:
-        """Not one sum of planes but two, one after the other; see `chain`."""
-        raise NotImplementedError("a factor layer is a chain of two products")
 
     def chain(self) -> tuple[LinearOperands, ...]:
         """Return the two products, bias in the second."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from onebit_core.kernels import PlaneTerm, code_terms, int_dequantize, int_matmul, num_words, pack_codes
+from onebit_core.kernels import LinearOperands, code_terms, int_dequantize, int_matmul, num_words, pack_codes
 from onebit_core.layers.base import QuantizedLinear
 from onebit_core.layers.salient import SalientWeights
 from onebit_core.layers.spec import LayerSpec
@@ -76,6 +76,6 @@ class GroupedIntLinear(QuantizedLinear):
         """Multiply through `int_matmul`."""
         return int_matmul(x, self.planes, self.scale, self.zero)
 
-    def terms(self) -> tuple[PlaneTerm, ...]:
+    def chain(self) -> tuple[LinearOperands, ...]:
         """Return the codes in the form that packed kernels read."""
-        return code_terms(self.planes, self.scale, self.zero)
+        return (self.product(code_terms(self.planes, self.scale, self.zero)),)

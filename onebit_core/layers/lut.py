@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from onebit_core.kernels import PlaneTerm, level_terms, lut_dequantize, lut_matmul, num_words, pack_codes
+from onebit_core.kernels import LinearOperands, level_terms, lut_dequantize, lut_matmul, num_words, pack_codes
 from onebit_core.layers.base import QuantizedLinear
 from onebit_core.layers.salient import SalientWeights
 from onebit_core.layers.spec import LayerSpec
@@ -70,6 +70,6 @@ class LutLinear(QuantizedLinear):
         """Multiply through `lut_matmul`."""
         return lut_matmul(x, self.planes, self.levels)
 
-    def terms(self) -> tuple[PlaneTerm, ...]:
+    def chain(self) -> tuple[LinearOperands, ...]:
         """Return the levels in the form that packed kernels read."""
-        return level_terms(self.planes, self.levels)
+        return (self.product(level_terms(self.planes, self.levels)),)

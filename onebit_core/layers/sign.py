@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from onebit_core.kernels import PlaneTerm, num_words, pack_signs, sign_dequantize, sign_matmul, sign_terms
+from onebit_core.kernels import LinearOperands, num_words, pack_signs, sign_dequantize, sign_matmul, sign_terms
 from onebit_core.layers.base import QuantizedLinear
 from onebit_core.layers.salient import SalientWeights
 from onebit_core.layers.spec import LayerSpec
@@ -115,16 +115,17 @@ class SignLinear(QuantizedLinear):
         """Multiply through `sign_matmul`."""
         return sign_matmul(x, *self._operands())
 
-    def terms(self) -> tuple[PlaneTerm, ...]:
+    def chain(self) -> tuple[LinearOperands, ...]:
         """Return the planes in the form that packed kernels read."""
         stored = self._buffers
-        return sign_terms(
+        terms = sign_terms(
             self.signs,
             scale_in_PI=stored.get("scale_in"),
             scale_out_PO=stored.get("scale_out"),
             group_scale_POG=stored.get("group_scale"),
             shift_OG=stored.get("shift"),
         )
+        return (self.product(terms),)
 
 
 def _first(tensor: Tensor | None, default: Tensor) -> Tensor:
