@@ -107,7 +107,7 @@ def _packed(
         weight=packed,
         multiply=_multiply_packed,
         copy=_copy_packed,
-        weight_bytes=sum(part.nbytes for part in packed.parts),
+        weight_bytes=packed.num_bytes,
         dtype=dtype,
         before=before,
     )
@@ -122,7 +122,7 @@ def _triton_int8(operands: LinearOperands, dtype: torch.dtype) -> Contestant:
     if packed.layout == usual.layout:
         raise ValueError("has no 8-bit activations for this format")
     base = _packed("triton", "triton int8", _nothing, operands, dtype)
-    weight_bytes = sum(part.nbytes for part in packed.parts)
+    weight_bytes = packed.num_bytes
     return dataclasses.replace(base, weight=packed, weight_bytes=weight_bytes, tolerance=INT8_TOLERANCE)
 
 

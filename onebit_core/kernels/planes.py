@@ -109,6 +109,11 @@ class Packed:
     parts: tuple[Tensor, ...]
     layout: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
 
 def dense_term(term: PlaneTerm, num_columns: int) -> Tensor:
     """Return the dense weight of one term, float32 [O, I]."""

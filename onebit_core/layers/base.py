@@ -103,6 +103,10 @@ class QuantizedLinear(nn.Module, ABC):
                 f"backend {backend!r}: the layer holds nothing but what was packed for {self.backend!r}; load it again"
             )
         self.backend = backend
+        self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        """Drop the unpacked and the packed weight; they are made again when needed."""
         self._dense, self._packed, self._shared = None, (), None
 
     def _is_packed(self) -> bool:
@@ -117,7 +121,7 @@ class QuantizedLinear(nn.Module, ABC):
         if self._shared is not None:
             shared, place = self._shared
             return shared.num_bytes if place == 0 else 0
-        return sum(part.nbytes for packed in self._packed for part in packed.parts)
+        return sum(packed.num_bytes for packed in self._packed)
 
     def release_stored(self) -> None:
         """Drop the stored tensors of a packed layer; it multiplies on, and can no longer be saved or dequantized."""
@@ -191,5 +195,5 @@ class QuantizedLinear(nn.Module, ABC):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  (torch's signature)
         """Drop what was made for the old device or dtype when the module moves."""
-        self._dense, self._packed, self._shared = None, (), None
+        self._forget_copies()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

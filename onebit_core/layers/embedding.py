@@ -73,7 +73,7 @@ class TiedHead(nn.Module):
 
     def packed_bytes(self) -> int:
         """Return the bytes of the table as packed for a backend."""
-        return 0 if self._packed is None else sum(part.nbytes for part in self._packed.parts)
+        return 0 if self._packed is None else self._packed.num_bytes
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: x floating [..., D], result [..., V] in x's dtype."""

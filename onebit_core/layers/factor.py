@@ -11,8 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from onebit_core.kernels import LinearOperands, factor_matmul, factor_operands, num_words, pack_signs
-from onebit_core.kernels import unpack_signs as signs_of
+from onebit_core.kernels import (
+    LinearOperands,
+    factor_matmul,
+    factor_operands,
+    num_words,
+    pack_signs,
+    unpack_signs,
+)
 from onebit_core.layers.base import QuantizedLinear
 from onebit_core.layers.spec import LayerSpec
 
@@ -71,8 +77,8 @@ class FactorLinear(QuantizedLinear):
 
     def base_weight(self) -> Tensor:
         """Return the dense product, float32 [O, I]."""
-        up_OR = signs_of(self.up, self.spec.rank) * self.scale_out.float()[:, None]
-        down_RI = signs_of(self.down, self.in_features) * self.scale_in.float()
+        up_OR = unpack_signs(self.up, self.spec.rank) * self.scale_out.float()[:, None]
+        down_RI = unpack_signs(self.down, self.in_features) * self.scale_in.float()
         return up_OR @ (self.scale_mid.float()[:, None] * down_RI)
 
     def base_matmul(self, x: Tensor) -> Tensor:

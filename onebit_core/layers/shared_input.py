@@ -50,4 +50,4 @@ class SharedInput:
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed weight."""
-        return sum(part.nbytes for part in self._packed.parts)
+        return self._packed.num_bytes

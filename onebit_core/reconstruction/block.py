@@ -68,7 +68,7 @@ def reconstruct_block(
     finally:
         for name, layer in layers.items():
             replace_module(block, name, layer)
-    return before, min(after, before) if after == after else before
+    return before, after if after < before else before
 
 
 def _train(

@@ -162,7 +162,7 @@ def entries_of(timings: Sequence[Timing]) -> dict[str, list[int]]:
 
 def _cold_copies(weights: Sequence[Packed], device: torch.device) -> list[Packed]:
     """Return the weights, and copies of them until together they fill the L2 cache more than once."""
-    size = sum(part.nbytes for part in weights[0].parts)
+    size = weights[0].num_bytes
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     wanted = min(MOST_COPIES, max(4, math.ceil(CACHE_FACTOR * cache / size)))
     copies = list(weights[:wanted])
