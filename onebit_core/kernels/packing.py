@@ -86,8 +86,7 @@ def pack_codes(codes_OI: Tensor, bits: int) -> Tensor:
     Returns:
         int32 [bits, O, W].
     """
-    planes = torch.arange(bits, device=codes_OI.device).view(-1, 1, 1)
-    return pack_bits((codes_OI.to(torch.int32).unsqueeze(0) >> planes) & 1 == 1)
+    return torch.stack([pack_bits((codes_OI >> plane) & 1 == 1) for plane in range(bits)])  # one at a time: less memory
 
 
 def unpack_codes(planes_BOW: Tensor, num_columns: int) -> Tensor:

@@ -1,29 +1,27 @@
 """What is stored: one class per format, and the table that the artifact reader and the methods build from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
 from onebit_core.kernels import Backend, describe_backend, packs
 from onebit_core.layers.base import QuantizedLinear
-from onebit_core.layers.embedding import QuantizedEmbedding, TiedHead
+from onebit_core.layers.embedding import EMBEDDINGS, QuantizedEmbedding, TiedHead, quantize_table
 from onebit_core.layers.factor import FactorLinear
 from onebit_core.layers.grouped_int import GroupedIntLinear
 from onebit_core.layers.lut import LutLinear
+from onebit_core.layers.rotated import RotatedLinear
 from onebit_core.layers.salient import SalientPart, SalientWeights
 from onebit_core.layers.shared_input import SharedInput
 from onebit_core.layers.sign import SignLinear
 from onebit_core.layers.spec import LayerSpec, SalientSpec
+from onebit_core.layers.split import PART_FORMATS, SplitLinear
 
-FORMATS: dict[str, type[QuantizedLinear]] = {
-    "sign": SignLinear,
-    "grouped_int": GroupedIntLinear,
-    "lut": LutLinear,
-    "factor": FactorLinear,
-}
+FORMATS: dict[str, type[QuantizedLinear]] = {**PART_FORMATS, "split": SplitLinear, "rotated": RotatedLinear}
 """Format name to layer class."""
 
 __all__ = [
+    "EMBEDDINGS",
     "FORMATS",
     "FactorLinear",
     "GroupedIntLinear",
@@ -31,15 +29,19 @@ __all__ = [
     "LutLinear",
     "QuantizedEmbedding",
     "QuantizedLinear",
+    "RotatedLinear",
     "SalientPart",
     "SalientSpec",
     "SalientWeights",
     "SignLinear",
+    "SplitLinear",
     "TiedHead",
     "build_layer",
     "model_backend",
     "pack_layers",
     "packed_bytes",
+    "quantize_table",
+    "quantized_layers",
     "release_stored",
     "use_backend",
 ]
@@ -48,6 +50,15 @@ __all__ = [
 def build_layer(spec: LayerSpec) -> QuantizedLinear:
     """Return an empty layer with the tensors of its spec, on torch's current default device."""
     return FORMATS[spec.format](spec)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Yield name and module of every quantized layer of a model; the parts of a layer are inside of it."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module not in inside:
+            inside.update(module.modules())
+            yield name, module
 
 
 def use_backend(model: nn.Module, backend: Backend) -> None:
@@ -77,7 +88,7 @@ def pack_layers(model: nn.Module, groups: Iterable[Sequence[str]] = ()) -> None:
         if len(members) < 2 or not packs(members[0].backend):
             continue
         chains = [member.chain() for member in members]
-        if any(len(chain) > 1 for chain in chains):
+        if any(len(chain) != 1 for chain in chains):
             continue
         shared = SharedInput.join([product for (product,) in chains], members[0].backend)
         if shared is not None:
@@ -90,14 +101,14 @@ def pack_layers(model: nn.Module, groups: Iterable[Sequence[str]] = ()) -> None:
 
 def release_stored(model: nn.Module) -> None:
     """Drop the stored tensors of layers that a packed backend laid out; such a model only computes."""
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.release_stored()
+    for _, layer in quantized_layers(model):
+        layer.release_stored()
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Return the bytes that packed backends hold beside the model's own tensors."""
-    return sum(module.packed_bytes() for module in model.modules() if isinstance(module, QuantizedLinear | TiedHead))
+    heads = sum(module.packed_bytes() for module in model.modules() if isinstance(module, TiedHead))
+    return heads + sum(layer.packed_bytes() for _, layer in quantized_layers(model))
 
 
 def model_backend(model: nn.Module) -> str:

@@ -52,6 +52,12 @@ class QuantizedLinear(nn.Module, ABC):
             self.register_buffer("bias", torch.empty(spec.out_features))
         self.salient = SalientPart(spec) if spec.salient else None
 
+    def forget_start(self) -> None:
+        """Drop what reconstruction started from, in the parts too."""
+        for module in self.modules():
+            if isinstance(module, QuantizedLinear):
+                module.start = {}
+
     def set_bias(self, bias_O: Tensor) -> None:
         """Store the original's bias, unquantized and in its own dtype."""
         self.spec = dataclasses.replace(self.spec, bias=True)
@@ -67,7 +73,10 @@ class QuantizedLinear(nn.Module, ABC):
 
     @abstractmethod
     def chain(self) -> tuple[LinearOperands, ...]:
-        """Return the products that make up this layer, the first on x, in the form that packed kernels read."""
+        """Return the products that make up this layer, the first on x, in the form that packed kernels read.
+
+        Empty for a layer whose parts are packed each on its own.
+        """
 
     def product(self, terms: tuple[PlaneTerm, ...]) -> LinearOperands:
         """Return the one product of a layer whose base weight is a sum of planes, salient part and bias included."""

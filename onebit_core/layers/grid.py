@@ -47,10 +47,10 @@ class Grid(NamedTuple):
 
 def min_max_grid(weight_OK: Tensor, bits: int) -> Grid:
     """Fit a grid to the range of each row, which always holds zero."""
-    return _grid_of_range(weight_OK.amin(1).clamp(max=0), weight_OK.amax(1).clamp(min=0), bits)
+    return grid_of_range(weight_OK.amin(1).clamp(max=0), weight_OK.amax(1).clamp(min=0), bits)
 
 
-def _grid_of_range(low_O: Tensor, high_O: Tensor, bits: int) -> Grid:
+def grid_of_range(low_O: Tensor, high_O: Tensor, bits: int) -> Grid:
     """Return the grid whose ends are low <= 0 <= high."""
     step_O = (high_O - low_O) / (2**bits - 1)
     scale_O = round_to_float16(step_O.clamp(min=SMALLEST_SCALE))  # it divides
@@ -67,10 +67,10 @@ def best_grid(weight_OK: Tensor, bits: int, column_weight_K: Tensor | None) -> G
         column_weight_K: importance of each column, or None for equal.
     """
     low_O, high_O = weight_OK.amin(1).clamp(max=0), weight_OK.amax(1).clamp(min=0)
-    best = _grid_of_range(low_O, high_O, bits)
+    best = grid_of_range(low_O, high_O, bits)
     best_error_O = torch.full_like(best.scale_O, torch.inf)
     for shrink in SHRINK_STEPS:
-        grid = _grid_of_range(low_O * shrink, high_O * shrink, bits)
+        grid = grid_of_range(low_O * shrink, high_O * shrink, bits)
         error_OK = (grid.dequantize(grid.quantize(weight_OK)) - weight_OK).square_()
         error_O = error_OK.sum(1) if column_weight_K is None else error_OK @ column_weight_K
         better_O = error_O < best_error_O

@@ -1,13 +1,14 @@
 """SalientPart: the weights a layer keeps in 8 bit, and where they stand.
 
 A salient weight REPLACES the base weight at its place: w = scale_row * (code - zero_row). Codes lie row by row, columns
-ascending. Two indices exist, and a writer takes the smaller:
+ascending. Three indices exist, and a writer takes the smallest that fits:
 
     block     columns  uint8 [N]             column inside its block of 128
               counts   uint8 [O, ceil(I/128)]  salient weights per row and block (128 at most)
+    even      columns  uint8 [N]             column inside its block; as many in every row and every equal block
     bitmap    bitmap   int32 [O, ceil(I/32)]   bit set where a weight is salient
 
-Both give the same row-major order, so the codes do not depend on the choice.
+All give the same row-major order, so the codes do not depend on the choice.
 """
 
 from dataclasses import dataclass
@@ -29,23 +30,28 @@ class SalientWeights:
         codes_OI: integer 0..255, read at the mask only.
         scale_O: floating, step per row; stored as float16.
         zero_O: integer 0..255, the code of zero per row.
+        even_blocks: into how many equal blocks a row is cut that all hold as many salient weights; 0 if they do not.
     """
 
     mask_OI: Tensor
     codes_OI: Tensor
     scale_O: Tensor
     zero_O: Tensor
+    even_blocks: int = 0
 
     def spec(self) -> SalientSpec:
         """Return the spec that stores these weights in the fewest bytes."""
-        return choose_index(int(self.mask_OI.sum()), *self.mask_OI.shape)
+        rows, columns = self.mask_OI.shape
+        return choose_index(int(self.mask_OI.sum()), rows, columns, self.even_blocks)
 
 
-def choose_index(count: int, out_features: int, in_features: int) -> SalientSpec:
-    """Return the spec with the smaller index, in bytes."""
-    block_bytes = count + out_features * -(-in_features // SALIENT_BLOCK)
+def choose_index(count: int, out_features: int, in_features: int, even_blocks: int = 0) -> SalientSpec:
+    """Return the spec with the smallest index, in bytes."""
+    block_bytes = count + (0 if even_blocks else out_features * -(-in_features // SALIENT_BLOCK))
     bitmap_bytes = out_features * num_words(in_features) * 4
-    return SalientSpec(count=count, index="block" if block_bytes < bitmap_bytes else "bitmap")
+    if block_bytes >= bitmap_bytes:
+        return SalientSpec(count=count, index="bitmap")
+    return SalientSpec(count=count, index="even" if even_blocks else "block", blocks=even_blocks)
 
 
 class SalientPart(nn.Module):
@@ -66,13 +72,19 @@ class SalientPart(nn.Module):
         self.register_buffer("codes", torch.empty(self.spec.count, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(self.out_features, dtype=torch.float16))
         self.register_buffer("zero", torch.empty(self.out_features, dtype=torch.uint8))
-        if self.spec.index == "block":
-            blocks = -(-self.in_features // SALIENT_BLOCK)
-            self.register_buffer("columns", torch.empty(self.spec.count, dtype=torch.uint8))
-            self.register_buffer("counts", torch.empty(self.out_features, blocks, dtype=torch.uint8))
-        else:
+        if self.spec.index == "bitmap":
             words = num_words(self.in_features)
             self.register_buffer("bitmap", torch.empty(self.out_features, words, dtype=torch.int32))
+            return
+        self.register_buffer("columns", torch.empty(self.spec.count, dtype=torch.uint8))
+        if self.spec.index == "block":
+            blocks = -(-self.in_features // SALIENT_BLOCK)
+            self.register_buffer("counts", torch.empty(self.out_features, blocks, dtype=torch.uint8))
+
+    @property
+    def _block_width(self) -> int:
+        """Columns of a block of the index."""
+        return self.in_features // self.spec.blocks if self.spec.index == "even" else SALIENT_BLOCK
 
     @torch.no_grad()
     def fill(self, weights: SalientWeights) -> None:
@@ -84,7 +96,9 @@ class SalientPart(nn.Module):
         if self.spec.index == "bitmap":
             self.get_buffer("bitmap").copy_(pack_bits(mask_OI))
             return
-        self.get_buffer("columns").copy_(mask_OI.nonzero()[:, 1] % SALIENT_BLOCK)
+        self.get_buffer("columns").copy_(mask_OI.nonzero()[:, 1] % self._block_width)
+        if self.spec.index == "even":
+            return
         padding = self.get_buffer("counts").shape[1] * SALIENT_BLOCK - self.in_features
         blocks = nn.functional.pad(mask_OI, (0, padding)).unflatten(1, (-1, SALIENT_BLOCK))
         self.get_buffer("counts").copy_(blocks.sum(-1))
@@ -94,10 +108,17 @@ class SalientPart(nn.Module):
         if self.spec.index == "bitmap":
             rows, columns = unpack_bits(self.get_buffer("bitmap"), self.in_features).nonzero(as_tuple=True)
             return rows, columns
-        counts = self.get_buffer("counts").long()
+        counts = self._counts()
         blocks_of_N = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts.flatten())
         rows, blocks = blocks_of_N // counts.shape[1], blocks_of_N % counts.shape[1]
-        return rows, blocks * SALIENT_BLOCK + self.get_buffer("columns").long()
+        return rows, blocks * self._block_width + self.get_buffer("columns").long()
+
+    def _counts(self) -> Tensor:
+        """Return how many salient weights a row has in each block, int64 [O, blocks]."""
+        if self.spec.index == "block":
+            return self.get_buffer("counts").long()
+        each = self.spec.count // (self.out_features * self.spec.blocks)
+        return torch.full((self.out_features, self.spec.blocks), each, device=self.codes.device)
 
     def check(self) -> None:
         """Refuse an index from a file that points outside of the matrix or out of order: kernels trust it.
@@ -107,11 +128,11 @@ class SalientPart(nn.Module):
                 that are not in row-major order, each once.
         """
         bitmap = self.spec.index == "bitmap"
-        count = self.places()[0].numel() if bitmap else int(self.get_buffer("counts").sum(dtype=torch.int64))
+        count = self.places()[0].numel() if bitmap else int(self._counts().sum())
         if count == self.spec.count:
             rows, columns = self.places()
             order = rows * self.in_features + columns
-            inside = bitmap or int(self.get_buffer("columns").max()) < SALIENT_BLOCK
+            inside = bitmap or int(self.get_buffer("columns").max()) < self._block_width
             if not inside or not bool((order.diff() > 0).all()):
                 raise CorruptArtifact(
                     f"the salient index of a {self.out_features} x {self.in_features} matrix names places out of "

@@ -17,6 +17,9 @@ SALIENT_BLOCK = 128
 MOST_PLANES = 8
 """Sign planes, or bits of a code."""
 
+NUM_PARTS = {"split": 2, "rotated": 1}
+"""How many layers a layer is made of: one bit per column tells those of a split one apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SalientSpec(StrictConfig):
@@ -24,12 +27,38 @@ class SalientSpec(StrictConfig):
 
     Attributes:
         count: how many weights, N.
-        index: how their places are stored: `block` (a byte per weight and a byte per row and 128 columns) or
-            `bitmap` (a bit per weight of the whole matrix).
+        index: how their places are stored: `block` (a byte per weight and a byte per row and 128 columns), `even` (a
+            byte per weight: as many in every row and block) or `bitmap` (a bit per weight of the whole matrix).
+        blocks: even only: into how many equal blocks a row is cut.
     """
 
     count: int
-    index: Literal["block", "bitmap"]
+    index: Literal["block", "even", "bitmap"]
+    blocks: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.index == "even") != (self.blocks > 0):
+            raise ConfigError(
+                f"SalientSpec.blocks: {self.blocks} with index {self.index}; an even index has blocks, others have none"
+            )
+
+    def check_fit(self, out_features: int, in_features: int) -> None:
+        """Refuse what a matrix of that shape cannot have.
+
+        Raises:
+            ConfigError: more weights than the matrix has, or blocks that are not equal or not filled equally.
+        """
+        if not 0 < self.count <= in_features * out_features:
+            raise ConfigError(f"LayerSpec.salient.count: {self.count} weights do not fit the matrix")
+        if self.index != "even":
+            return
+        width = in_features // self.blocks
+        if in_features % self.blocks or width > SALIENT_BLOCK or self.count % (out_features * self.blocks):
+            raise ConfigError(
+                f"LayerSpec.salient.blocks: {self.blocks} blocks for {self.count} weights of a "
+                f"{out_features} x {in_features} matrix; they are equal, of at most {SALIENT_BLOCK} columns, "
+                "and hold as many weights each"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +66,7 @@ class LayerSpec(StrictConfig):
     """One quantized linear.
 
     Attributes:
-        format: `sign`, `grouped_int`, `lut` or `factor`.
+        format: `sign`, `grouped_int`, `lut`, `factor`, `split` or `rotated`.
         in_features: I.
         out_features: O.
         bias: whether a bias is stored.
@@ -48,9 +77,11 @@ class LayerSpec(StrictConfig):
         scale_out: sign only: whether an output scale is stored (else 1).
         rank: factor only: R, the size between the two sign matrices.
         salient: the weights kept in 8 bit, if any.
+        parts: split: the two layers whose columns make up this one's, not made of parts themselves. rotated: the layer
+            behind the rotation. Without a bias.
     """
 
-    format: Literal["sign", "grouped_int", "lut", "factor"]
+    format: Literal["sign", "grouped_int", "lut", "factor", "split", "rotated"]
     in_features: int
     out_features: int
     bias: bool = False
@@ -61,6 +92,7 @@ class LayerSpec(StrictConfig):
     scale_out: bool = False
     rank: int = 0
     salient: SalientSpec | None = None
+    parts: tuple["LayerSpec", ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("in_features", "out_features", "planes"):
@@ -71,8 +103,9 @@ class LayerSpec(StrictConfig):
             if value < 0 or (value and self.in_features % value):
                 raise ConfigError(f"LayerSpec.{name}: {value} groups do not divide {self.in_features} input features")
         self._check_format()
-        if self.salient is not None and not 0 < self.salient.count <= self.in_features * self.out_features:
-            raise ConfigError(f"LayerSpec.salient.count: {self.salient.count} weights do not fit the matrix")
+        self._check_parts()
+        if self.salient is not None:
+            self.salient.check_fit(self.out_features, self.in_features)
 
     def _check_format(self) -> None:
         """Refuse what the format cannot have."""
@@ -86,3 +119,26 @@ class LayerSpec(StrictConfig):
             raise ConfigError(f"LayerSpec.rank: {self.rank}; a factor layer has one above 0, others have none")
         if self.format == "factor" and self.salient is not None:
             raise ConfigError("LayerSpec: a factor layer has no salient part")
+
+    def _check_parts(self) -> None:
+        """Refuse parts that do not make up the whole."""
+        wanted = NUM_PARTS.get(self.format, 0)
+        if len(self.parts) != wanted:
+            raise ConfigError(f"LayerSpec.parts: a {self.format} layer has {wanted}, got {len(self.parts)}")
+        if not wanted:
+            return
+        own = (self.planes, self.groups, self.shift_groups, self.scale_in, self.scale_out, self.salient)
+        if own != (1, 0, 0, False, False, None):
+            raise ConfigError(
+                f"LayerSpec: planes, groups, scales and salient weights of a {self.format} layer are of its parts"
+            )
+        inside = ("split",) if self.format == "rotated" else ()
+        if any((part.format in NUM_PARTS and part.format not in inside) or part.bias for part in self.parts):
+            raise ConfigError(f"LayerSpec.parts: a part of a {self.format} layer has no parts of that kind and no bias")
+        columns = [part.in_features for part in self.parts]
+        rows = {part.out_features for part in self.parts}
+        if sum(columns) != self.in_features or rows != {self.out_features}:
+            shapes = " and ".join(f"{part.out_features} x {part.in_features}" for part in self.parts)
+            raise ConfigError(
+                f"LayerSpec.parts: {shapes} do not make up a matrix of {self.out_features} x {self.in_features}"
+            )

@@ -1,15 +1,29 @@
 """Method: how a weight is found. A method is mathematics only: tensors in, a packed layer out."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
-from onebit_core.layers import QuantizedLinear
+from onebit_core.layers import LayerSpec, QuantizedLinear, build_layer
+
+
+class Rung(NamedTuple):
+    """One step of a method's ladder, for layers to be given more or fewer bits.
+
+    Attributes:
+        settings: what a layer on this rung is quantized with.
+        trial: cheaper settings of the same bits that show well enough what it would cost.
+    """
+
+    settings: Any
+    trial: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +37,10 @@ class Method:
         needs_statistics: whether these settings need calibration.
         nominal_bits: what the method's paper advertises for these settings.
         check: raises ConfigError if the settings cannot be meant for a weight of (out_features, in_features).
+        spec: what is stored for a weight of (out_features, in_features), known before any work; of a number that the
+            method finds itself, a usual one.
+        ladder: from given settings those that differ in bits alone, for bits to be spread over layers; empty if the
+            method has nothing to spread.
     """
 
     summary: str
@@ -31,6 +49,29 @@ class Method:
     needs_statistics: Callable[[Any], bool]
     nominal_bits: Callable[[Any], float]
     check: Callable[[Any, int, int], None]
+    spec: Callable[[Any, int, int], LayerSpec]
+    ladder: Callable[[Any], tuple[Rung, ...]] = lambda _config: ()
+
+    def true_bits(self, config: Any, rows: int, columns: int) -> float:
+        """Return the bits a weight that will be stored for a matrix of that shape, scales and indices included."""
+        with torch.device("meta"):
+            return build_layer(self.spec(config, rows, columns)).bits_per_weight()
+
+
+def grouped_int_spec(bits: int, group_size: int, rows: int, columns: int) -> LayerSpec:
+    """Return what integer codes in groups store; a group size of 0 is one group a row."""
+    groups = columns // (group_size or columns)
+    return LayerSpec(format="grouped_int", in_features=columns, out_features=rows, planes=bits, groups=groups)
+
+
+def ladder_over(setting: str, values: tuple[Any, ...]) -> Callable[[Any], tuple[Rung, ...]]:
+    """Return the ladder of a method whose bits are one setting."""
+
+    def ladder(config: Any) -> tuple[Rung, ...]:
+        steps = [dataclasses.replace(config, **{setting: value}) for value in values]
+        return tuple(Rung(step, step) for step in steps)
+
+    return ladder
 
 
 def check_group_size(group_size: int, in_features: int) -> None:

@@ -19,7 +19,7 @@ from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.layers import GroupedIntLinear
 from onebit_core.layers.grid import Grid, best_grid, min_max_grid
-from onebit_core.methods.base import Method, check_bits, check_group_size
+from onebit_core.methods.base import Method, check_bits, check_group_size, grouped_int_spec, ladder_over
 from onebit_core.methods.second_order import SWEEP_BLOCK, inverse_factor, sweep
 
 
@@ -115,4 +115,6 @@ GPTQ = Method(
     needs_statistics=lambda _config: True,
     nominal_bits=lambda config: float(config.bits),
     check=lambda config, _rows, columns: check_group_size(config.group_size, columns),
+    spec=lambda config, rows, columns: grouped_int_spec(config.bits, config.group_size, rows, columns),
+    ladder=ladder_over("bits", (2, 3, 4, 5, 6, 8)),
 )

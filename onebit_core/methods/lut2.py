@@ -22,9 +22,10 @@ from torch import Tensor
 from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
-from onebit_core.layers import LutLinear
+from onebit_core.layers import LayerSpec, LutLinear
 from onebit_core.layers.grid import round_to_float16
-from onebit_core.methods.base import Method, even_group_size
+from onebit_core.methods.base import Method, even_group_size, ladder_over
+from onebit_core.methods.binary_groups import nearest, nearest_level
 from onebit_core.methods.second_order import SWEEP_BLOCK, inverse_factor, sweep
 
 QUARTILE_MIDDLES = (0.125, 0.375, 0.625, 0.875)
@@ -81,18 +82,6 @@ def _alternate(weight_OK: Tensor, weight_K: Tensor, levels_O4: Tensor, iteration
         total_O4 = torch.stack([(chosen_OK * weight_OK) @ weight_K for chosen_OK in chosen], 1)
         levels_O4 = torch.where(mass_O4 > 0, total_O4 / mass_O4.clamp(min=1e-30), levels_O4).sort(1).values
     return round_to_float16(levels_O4)
-
-
-def nearest(values_OK: Tensor, levels_O4: Tensor) -> Tensor:
-    """Return the nearest of a row's levels for each value, float32 [O, K]."""
-    return levels_O4.gather(1, nearest_level(values_OK, levels_O4))
-
-
-def nearest_level(values: Tensor, levels_O4: Tensor) -> Tensor:
-    """Return the index of the nearest of ascending levels, int64; values float32 [O] or [O, K]."""
-    middle_O3 = (levels_O4[:, 1:] + levels_O4[:, :-1]) / 2
-    shape = (-1, 1, 3) if values.ndim > 1 else (-1, 3)
-    return (values.unsqueeze(-1) > middle_O3.view(shape)).sum(-1)
 
 
 class _LevelColumns:
@@ -155,6 +144,12 @@ def _check(config: Lut2Config, rows: int, columns: int) -> None:
     even_group_size(config.group_size, columns)
 
 
+def _spec(config: Lut2Config, rows: int, columns: int) -> LayerSpec:
+    """Return what is stored."""
+    groups = columns // even_group_size(config.group_size, columns)
+    return LayerSpec(format="lut", in_features=columns, out_features=rows, planes=2, groups=groups)
+
+
 LUT2 = Method(
     summary="four free levels per group, two-bit indices, with error feedback (Lloyd-Max; the storage of BiLLM)",
     config=Lut2Config,
@@ -162,4 +157,6 @@ LUT2 = Method(
     needs_statistics=lambda _config: True,
     nominal_bits=lambda _config: 2.0,
     check=_check,
+    spec=_spec,
+    ladder=ladder_over("group_size", (0, 192, 96, 64, 32)),
 )

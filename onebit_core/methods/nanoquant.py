@@ -28,14 +28,17 @@ from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.layers import FactorLinear
 from onebit_core.methods.base import Method
-from onebit_core.methods.rank_one import fit_rank_one
+from onebit_core.methods.factors import (
+    check_bits_of_factors,
+    check_rank,
+    factor_ladder,
+    factor_spec,
+    importance_root,
+    pack_factors,
+    project,
+)
 
-RANK_STEP = 32
-"""Ranks are multiples of a word, so that the rows of U waste no bits."""
-
-SCALE_BITS = 16
 RIDGE = 3e-2
-PROJECTION_ITERATIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,48 +58,21 @@ class NanoquantConfig(StrictConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.1 <= self.bits <= 4:
-            raise ConfigError(f"bits {self.bits}: 0.1 to 4 are possible")
+        check_bits_of_factors(self.bits)
         if self.iterations < 1:
             raise ConfigError(f"iterations {self.iterations}: at least 1")
         if not 0 <= self.shrinkage <= 1:
             raise ConfigError(f"shrinkage {self.shrinkage}: 0 keeps the importance of the inputs, 1 ignores it")
 
 
-def rank_of(bits: float, rows: int, columns: int) -> int:
-    """Return the largest rank that costs at most `bits` per weight, scales and padding included; 0 if none does."""
-    step = RANK_STEP
-    words = -(-columns // 32) * 32
-    budget = bits * rows * columns - SCALE_BITS * (rows + columns)
-    return max(0, int(budget / (rows + words + SCALE_BITS)) // step * step)
-
-
 def quantize_nanoquant(weight_OI: Tensor, statistics: InputStatistics | None, config: NanoquantConfig) -> FactorLinear:
     """Factorize a weight; float32 [O, I]."""
     assert statistics is not None
-    importance_I = statistics.hessian_II.diagonal()
-    mean = importance_I.mean().clamp(min=1e-30)
-    root_I = ((1 - config.shrinkage) * importance_I / mean + config.shrinkage).clamp(min=1e-6).sqrt()
-    rows, columns = weight_OI.shape
-    rank = max(RANK_STEP, rank_of(config.bits, rows, columns))
+    root_I = importance_root(statistics, config.shrinkage)
+    rank = factor_spec(config, *weight_OI.shape).rank
     scale = weight_OI.abs().mean().clamp(min=1e-30)
     up_OR, down_RI = factorize(weight_OI * root_I / scale, rank, config.iterations, config.seed)
-    near_OR, near_RI = project(up_OR), project(down_RI) / root_I
-    up_scale_O, up_scale_R = fit_rank_one(near_OR.abs())
-    down_scale_R, down_scale_I = fit_rank_one(near_RI.abs())
-    balance = up_scale_O.mean().clamp(min=1e-30)
-    layer = FactorLinear.from_factors(
-        down_RI,
-        up_OR,
-        scale_in_I=down_scale_I,
-        scale_mid_R=up_scale_R * down_scale_R * balance,
-        scale_out_O=up_scale_O * (scale / balance),
-    )
-    layer.start = {
-        "up": up_OR / torch.outer(up_scale_O, up_scale_R).clamp(min=1e-12),
-        "down": down_RI / root_I / torch.outer(down_scale_R, down_scale_I).clamp(min=1e-12),
-    }
-    return layer
+    return pack_factors(up_OR, down_RI, root_I, scale)
 
 
 def factorize(weight_OI: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -123,12 +99,6 @@ def factorize(weight_OI: Tensor, rank: int, iterations: int, seed: int) -> tuple
     return free_OR / near_OR.norm(dim=0).clamp(min=1e-12), free_RI
 
 
-def project(free_MN: Tensor) -> Tensor:
-    """Return the nearest matrix that is a sign matrix times a rank-one magnitude."""
-    h_M, g_N = fit_rank_one(free_MN.abs(), iterations=PROJECTION_ITERATIONS)
-    return torch.where(free_MN < 0, -1.0, 1.0) * torch.outer(h_M, g_N)
-
-
 def _unit_rows(matrix_RN: Tensor) -> Tensor:
     norm_R1: Tensor = matrix_RN.norm(dim=1, keepdim=True)
     return matrix_RN / norm_R1.clamp(min=1e-12)
@@ -143,20 +113,13 @@ def _regress(basis_MR: Tensor, target_MN: Tensor, near_RN: Tensor, rho: float) -
     return torch.cholesky_solve(right_RN, torch.linalg.cholesky(gram_RR))
 
 
-def _check(config: NanoquantConfig, rows: int, columns: int) -> None:
-    """Refuse bits that leave no rank."""
-    if rank_of(config.bits, rows, columns) == 0:
-        raise ConfigError(
-            f"bits {config.bits}: too few for a {rows} x {columns} weight, whose smallest factors (rank {RANK_STEP}) "
-            "and scales take more"
-        )
-
-
 NANOQUANT = Method(
     summary="a product of two sign matrices at any number of bits (arXiv:2602.06694); needs reconstruction",
     config=NanoquantConfig,
     quantize=quantize_nanoquant,
     needs_statistics=lambda _config: True,
     nominal_bits=lambda config: config.bits,
-    check=_check,
+    check=check_rank,
+    spec=factor_spec,
+    ladder=factor_ladder,
 )

@@ -13,7 +13,7 @@ from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.config import StrictConfig
 from onebit_core.layers import GroupedIntLinear
 from onebit_core.layers.grid import best_grid, min_max_grid
-from onebit_core.methods.base import Method, check_bits, check_group_size
+from onebit_core.methods.base import Method, check_bits, check_group_size, grouped_int_spec, ladder_over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,4 +56,6 @@ RTN = Method(
     needs_statistics=lambda _config: False,
     nominal_bits=lambda config: float(config.bits),
     check=lambda config, _rows, columns: check_group_size(config.group_size, columns),
+    spec=lambda config, rows, columns: grouped_int_spec(config.bits, config.group_size, rows, columns),
+    ladder=ladder_over("bits", (2, 3, 4, 5, 6, 8)),
 )

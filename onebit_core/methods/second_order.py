@@ -30,17 +30,22 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> Tensor:
         damping: relative to the mean of the diagonal; multiplied by ten after each failed factorization.
     """
     diagonal_I = hessian_II.diagonal()
-    mean = diagonal_I.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    mean = diagonal_I.mean()
+    mean = torch.where(mean > torch.finfo(torch.float32).tiny, mean, 1.0)  # a dead layer: as with white inputs
     base_II = hessian_II.clone()
     base_II.diagonal()[diagonal_I == 0] = mean
     for attempt in range(DAMPING_TRIES):
         damped_II = base_II.clone()
         damped_II.diagonal().add_(damping * 10**attempt * mean)
         factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        del damped_II  # of a wide layer each copy is gigabytes
         if failed or not torch.isfinite(factor_II).all():
             continue
         upper_II: Tensor
-        upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor_II), upper=True)
+        inverse_II = torch.cholesky_inverse(factor_II)
+        del factor_II
+        upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
+        del inverse_II
         if not failed and torch.isfinite(upper_II).all():
             return upper_II
     return torch.diag((base_II.diagonal().abs() + damping * mean).rsqrt())

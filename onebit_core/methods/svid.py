@@ -21,8 +21,8 @@ from torch import Tensor
 from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
-from onebit_core.layers import SignLinear
-from onebit_core.methods.base import Method
+from onebit_core.layers import LayerSpec, SignLinear
+from onebit_core.methods.base import Method, ladder_over
 from onebit_core.methods.rank_one import fit_rank_one
 
 
@@ -66,6 +66,13 @@ def quantize_svid(weight_OI: Tensor, statistics: InputStatistics | None, config:
     return SignLinear.from_parts(torch.stack(signs), scale_in_PI=torch.stack(inputs), scale_out_PO=torch.stack(outputs))
 
 
+def _spec(config: SvidConfig, rows: int, columns: int) -> LayerSpec:
+    """Return what is stored."""
+    return LayerSpec(
+        format="sign", in_features=columns, out_features=rows, planes=config.planes, scale_in=True, scale_out=True
+    )
+
+
 def _accept(config: SvidConfig, rows: int, columns: int) -> None:
     """Every shape will do."""
     del config, rows, columns
@@ -78,4 +85,6 @@ SVID = Method(
     needs_statistics=lambda config: config.importance == "inputs",
     nominal_bits=lambda config: float(config.planes),
     check=_accept,
+    spec=_spec,
+    ladder=ladder_over("planes", (1, 2, 3, 4)),
 )

@@ -2,10 +2,12 @@
 
     config    how much: presets with their cost
     latents   a layer's signs, codes, levels and scales as parameters
+    shared_signs  one latent for all sign planes of a weight
+    composed  the same of layers made of layers, and the table of all
     block     the training of one decoder block
     distillation   the training of all scales together against the original's logits
 
-Every format takes part through one table (`latents.LATENTS`), so a new format costs one class.
+Every format takes part through one table (`composed.LATENTS`), so a new format costs one class.
 """
 
 from onebit_core.reconstruction.block import reconstruct_block

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from onebit_core.layers import QuantizedLinear
 from onebit_core.model.replace import replace_module
+from onebit_core.reconstruction.composed import LATENTS
 from onebit_core.reconstruction.config import ReconstructionConfig
-from onebit_core.reconstruction.latents import LATENTS, Latent
+from onebit_core.reconstruction.latents import Latent
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 """(block, hidden [B, T, D]) to the block's output [B, T, D]."""
@@ -83,7 +84,11 @@ def _train(
     assert config.epochs is not None
     assert config.latent_rate is not None
     assert config.scale_rate is not None
-    groups = [{"params": latent.latents(), "lr": config.latent_rate * latent.RATE} for latent in latents]
+    groups = [
+        {"params": parameters, "lr": config.latent_rate * rate}
+        for latent in latents
+        for parameters, rate in latent.rated_latents()
+    ]
     groups.append({"params": [value for latent in latents for value in latent.factors()], "lr": config.scale_rate})
     optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS)
     inputs_STD, targets_STD = samples

@@ -23,7 +23,7 @@ class _Amount(NamedTuple):
 PRESETS = {
     "off": _Amount(0, 0.0, 0.0, 0, 0.0),
     "light": _Amount(2, 1e-2, 5e-3, 0, 0.0),
-    "full": _Amount(8, 1e-2, 5e-3, 1, 2e-3),
+    "full": _Amount(8, 1e-2, 5e-3, 2, 2e-3),
 }
 """Preset to epochs and learning rates."""
 
@@ -39,8 +39,8 @@ class ReconstructionConfig(StrictConfig):
         scale_rate: Adam's step for scales and levels, relative to their size.
         distill_epochs: passes in which the scales of all layers together learn the original's logits.
         distill_rate: Adam's step for them, relative to their size.
-        target: what a block learns: the original block's output on the same inputs (`prefix`), or on the inputs the
-            original would have had there (`original`), which makes up for the error of earlier blocks.
+        target: what a block learns: the original block's output on the inputs the original would have had there
+            (`original`), which makes up for the error of earlier blocks, or on the same inputs (`prefix`).
         batch: samples per step.
         seed: of the order of samples.
     """
@@ -51,8 +51,8 @@ class ReconstructionConfig(StrictConfig):
     scale_rate: float | None = None
     distill_epochs: int | None = None
     distill_rate: float | None = None
-    target: Literal["prefix", "original"] = "prefix"
-    batch: int = 2
+    target: Literal["prefix", "original"] = "original"
+    batch: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:

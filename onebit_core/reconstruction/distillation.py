@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from onebit_core.layers import QuantizedLinear
+from onebit_core.layers import quantized_layers
 from onebit_core.model.replace import replace_module
 from onebit_core.reconstruction.block import ADAM_BETAS, cosine
+from onebit_core.reconstruction.composed import LATENTS
 from onebit_core.reconstruction.config import ReconstructionConfig
-from onebit_core.reconstruction.latents import LATENTS, Latent
+from onebit_core.reconstruction.latents import Latent
 
 _log = logging.getLogger(__name__)
 
@@ -97,12 +98,11 @@ def trainable(blocks: nn.ModuleList) -> Iterator[list[Latent]]:
     """Put latents with trainable scales in the places of quantized layers; pack them again at the end."""
     latents: dict[str, Latent] = {}
     try:
-        for name, layer in list(blocks.named_modules()):
-            if isinstance(layer, QuantizedLinear):
-                latents[name] = LATENTS[layer.spec.format](layer, layer.base_weight())
-                replace_module(blocks, name, latents[name])
-                for value in latents[name].latents():
-                    value.requires_grad = False
+        for name, layer in list(quantized_layers(blocks)):
+            latents[name] = LATENTS[layer.spec.format](layer, layer.base_weight())
+            replace_module(blocks, name, latents[name])
+            for value in latents[name].latents():
+                value.requires_grad = False
         yield list(latents.values())
     finally:
         for name, latent in latents.items():
@@ -157,7 +157,7 @@ def _recomputed(blocks: nn.ModuleList) -> Any:
     return _in_places(blocks, [_Recomputed(block) for block in blocks])
 
 
-def _given(blocks: nn.ModuleList, hidden: Tensor) -> Any:
+def given_hidden(blocks: nn.ModuleList, hidden: Tensor) -> Any:
     """Let the model end with the given hidden states in place of computing them."""
     last = len(blocks) - 1
     return _in_places(blocks, [_Given(block, hidden if i == last else None) for i, block in enumerate(blocks)])
@@ -167,7 +167,7 @@ def _both_logits(model: nn.Module, blocks: nn.ModuleList, ids_T: Tensor, hidden_
     """Return the original's logits of a sample and the model's own, [1, T, V]; gradients for the second."""
     device = next(model.parameters()).device
     ids_1T = ids_T[None].to(device)
-    with torch.no_grad(), _given(blocks, hidden_TD[None].to(device)):
+    with torch.no_grad(), given_hidden(blocks, hidden_TD[None].to(device)):
         wanted_1TV = _logits(model, ids_1T)
     return wanted_1TV, _logits(model, ids_1T)
 

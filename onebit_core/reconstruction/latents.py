@@ -12,8 +12,8 @@ Shape suffixes: P = planes, O = output features, I = input features, G = groups,
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Latent(nn.Module, ABC):
     """A layer in training; its parameters are the latents behind signs and codes, and the factors of scales."""
 
     RATE: ClassVar[float] = 1.0
-    """Times the configured rate of latents."""
+    """Times the configured rate of latents: what trains best differs by format."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
@@ -70,6 +70,10 @@ class Latent(nn.Module, ABC):
         """Return the parameters behind signs and codes."""
         return [value for name, value in self.named_parameters() if name.startswith("latent")]
 
+    def rated_latents(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the same in lists, each with what the configured rate is multiplied by."""
+        return [(self.latents(), self.RATE)]
+
     def factors(self) -> list[nn.Parameter]:
         """Return the parameters behind scales and levels."""
         return [value for name, value in self.named_parameters() if not name.startswith("latent")]
@@ -78,12 +82,16 @@ class Latent(nn.Module, ABC):
         """Return a copy of the parameters."""
         return {key: value.clone() for key, value in self.state_dict().items()}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply; [..., I] to [..., O]."""
+    def whole_weight(self) -> Tensor:
+        """Return the dense weight, salient part included, float32 [O, I]."""
         weight_OI = self.base_weight()
         if self.salient_mask is not None:
             weight_OI = torch.where(self.salient_mask, self.salient_values, weight_OI)
-        return nn.functional.linear(x, weight_OI.to(x.dtype), self.bias)
+        return weight_OI
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply; [..., I] to [..., O]."""
+        return nn.functional.linear(x, self.whole_weight().to(x.dtype), self.bias)
 
     @torch.no_grad()
     def harden(self) -> QuantizedLinear:
@@ -107,6 +115,11 @@ def _start_of_signs(signs: Tensor, ratio: Tensor) -> nn.Parameter:
 class SignLatent(Latent):
     """Planes of signs with their scales."""
 
+    RATE = 1.0
+    PLAIN_RATE = 6.0
+    """Of a single plane of the weight's own signs. Signs that a method has decided against each other, by feedback
+    or together with other planes, are better than they look: turning many at once loses what was found."""
+
     def __init__(self, layer: SignLinear, weight_OI: Tensor) -> None:
         super().__init__(layer)
         stored = layer._buffers
@@ -116,7 +129,9 @@ class SignLatent(Latent):
             if stored.get(name) is not None
         }
         signs_POI = unpack_signs(layer.signs, layer.in_features)
-        rest_OI = weight_OI.clone()
+        self.plain = len(signs_POI) == 1 and layer.salient is None and bool((signs_POI[0] * weight_OI >= 0).all())
+        shift_OG = self.stored.get("shift")
+        rest_OI = weight_OI.clone() if shift_OG is None else weight_OI - expand_groups(shift_OG, layer.in_features)
         starts = []
         for plane in range(signs_POI.shape[0]):
             scale_OI = self._scale(plane, signs_POI.shape[1:], self.stored)
@@ -127,6 +142,10 @@ class SignLatent(Latent):
         if "shift" in self.stored:
             self.factor["shift"] = nn.Parameter(torch.zeros_like(self.stored["shift"]))
             self.typical = weight_OI.abs().mean()
+
+    def rated_latents(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Return them with the rate of their kind."""
+        return [(self.latents(), self.PLAIN_RATE if self.plain else self.RATE)]
 
     @staticmethod
     def _scale(plane: int, shape: torch.Size, scales: dict[str, Tensor]) -> Tensor:
@@ -267,7 +286,7 @@ class LutLatent(Latent):
 class FactorLatent(Latent):
     """Two sign matrices and three scales; multiplied one after the other, which costs less than their product."""
 
-    RATE = 3.0  # its start is random, so more signs have to turn
+    RATE = 5.0  # its start is random, so more signs have to turn
 
     def __init__(self, layer: FactorLinear, weight_OI: Tensor) -> None:
         super().__init__(layer)
@@ -308,12 +327,3 @@ class FactorLatent(Latent):
         )
         for name, tensor in fresh.named_buffers():
             layer.get_buffer(name).copy_(tensor)
-
-
-LATENTS: dict[str, Callable[[Any, Tensor], Latent]] = {
-    "sign": SignLatent,
-    "grouped_int": IntLatent,
-    "lut": LutLatent,
-    "factor": FactorLatent,
-}
-"""Format name to its trainable form; built from (layer, original weight)."""

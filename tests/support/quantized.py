@@ -13,7 +13,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "svid": {"planes": 2},
     "pb_llm": {"ratio": 0.2},
     "lut2": {"group_size": 32},
+    "billm": {"group_size": 32},
+    "arb": {"group_size": 32},
+    "ptq161": {"group_size": 16},
     "nanoquant": {"bits": 3.0},
+    "dbf": {"bits": 3.0, "iterations": 10},
+    "residual": {},
+    "omniquant": {"group_size": 32},
 }
 
 

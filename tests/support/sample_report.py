@@ -1,6 +1,7 @@
 """A manifest and a report as a real quantization would leave them, for tests of what shows them."""
 
 from onebit_core.artifact.manifest import (
+    Accuracy,
     BitsInfo,
     EvaluationResult,
     LayerReport,
@@ -8,6 +9,7 @@ from onebit_core.artifact.manifest import (
     Perplexity,
     Report,
     SourceInfo,
+    TaskResult,
 )
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
@@ -72,4 +74,26 @@ def sample_evaluation(dataset: str = "wikitext2") -> EvaluationResult:
         dtype="float32",
         date="2026-01-02T03:04:05+00:00",
         versions={"onebit": "0.1.0"},
+    )
+
+
+def sample_task(task: str = "arc_easy") -> TaskResult:
+    """Return the result of one zero-shot task."""
+    return TaskResult(
+        task=task,
+        fingerprint="12" * 32,
+        questions=400,
+        available=2376,
+        chance=0.25,
+        original=Accuracy(value=0.5825, standard_error=0.0247),
+        compressed=Accuracy(value=0.5575, standard_error=0.0249),
+        difference_standard_error=0.0113,
+        original_norm=Accuracy(value=0.5125, standard_error=0.025),
+        compressed_norm=Accuracy(value=0.4975, standard_error=0.025),
+        agreement=0.875,
+        agreement_standard_error=0.0166,
+        device="cpu (x86_64)",
+        dtype="float32",
+        date="2026-01-02T03:04:05+00:00",
+        versions={"onebit": "0.1.0", "lm_eval": "0.4.13"},
     )

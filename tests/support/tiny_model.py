@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 EOS_TOKEN = "<|endoftext|>"
@@ -33,6 +40,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MAX_POSITIONS = 512
+NUM_EXPERTS = 4
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -79,9 +87,10 @@ def save_tiny_model(
 
     Args:
         folder: made if missing.
-        architecture: "llama", "qwen3", "opt" or "gpt_neox"; the last two have no grouped heads.
+        architecture: "llama", "qwen3", "opt" or "gpt_neox"; the last two have no grouped heads. "qwen3_moe", "mixtral"
+            and "olmoe" have four experts, two for each token; the first block of "qwen3_moe" is a plain one.
         hidden_size: width of the residual stream, a multiple of num_heads.
-        intermediate_size: width of the feed-forward.
+        intermediate_size: width of the feed-forward; an expert has half of it.
         num_layers: decoder blocks.
         num_heads: query heads.
         num_kv_heads: key and value heads, where the architecture groups them.
@@ -111,11 +120,26 @@ def save_tiny_model(
         torch.manual_seed(seed)
         model = ARCHITECTURES[architecture](sizes, common).float().eval()
         for parameter in model.parameters():  # the default deviation of 0.02 makes near-ties everywhere
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.data.mul_(4.0)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def never_route_to(folder: Path, *, block: int, expert: int) -> None:
+    """Change a saved mixture so that no token ever goes to one expert of one block.
+
+    The first feature of every token becomes large and positive, and the expert's router row looks at nothing else.
+    """
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    router = next(name for name in tensors if f".{block}." in name and name.endswith(".gate.weight"))
+    tensors["model.embed_tokens.weight"][:, 0] = 2.0
+    tensors[router][:, 0] = 0.0
+    tensors[router][expert] = 0.0
+    tensors[router][expert, 0] = -100.0
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _llama_sizes(sizes: dict[str, int]) -> dict[str, Any]:
@@ -135,6 +159,37 @@ def _llama(sizes: dict[str, int], common: dict[str, Any]) -> LlamaForCausalLM:
 
 def _qwen3(sizes: dict[str, int], common: dict[str, Any]) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(**_llama_sizes(sizes), **common))
+
+
+def _qwen3_moe(sizes: dict[str, int], common: dict[str, Any]) -> Qwen3MoeForCausalLM:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_llama_sizes(sizes),
+            moe_intermediate_size=sizes["intermediate_size"] // 2,
+            num_experts=NUM_EXPERTS,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            mlp_only_layers=[0],
+            **common,
+        )
+    )
+
+
+def _mixtral(sizes: dict[str, int], common: dict[str, Any]) -> MixtralForCausalLM:
+    return MixtralForCausalLM(
+        MixtralConfig(
+            **{**_llama_sizes(sizes), "intermediate_size": sizes["intermediate_size"] // 2},
+            num_local_experts=NUM_EXPERTS,
+            num_experts_per_tok=2,
+            **common,
+        )
+    )
+
+
+def _olmoe(sizes: dict[str, int], common: dict[str, Any]) -> OlmoeForCausalLM:
+    given = {**_llama_sizes(sizes), "intermediate_size": sizes["intermediate_size"] // 2}
+    del given["head_dim"]
+    return OlmoeForCausalLM(OlmoeConfig(**given, num_experts=NUM_EXPERTS, num_experts_per_tok=2, **common))
 
 
 def _opt(sizes: dict[str, int], common: dict[str, Any]) -> OPTForCausalLM:
@@ -165,6 +220,9 @@ def _gpt_neox(sizes: dict[str, int], common: dict[str, Any]) -> GPTNeoXForCausal
 ARCHITECTURES: dict[str, Callable[[dict[str, int], dict[str, Any]], Any]] = {
     "llama": _llama,
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
+    "olmoe": _olmoe,
     "opt": _opt,
     "gpt_neox": _gpt_neox,
 }

@@ -11,10 +11,8 @@ from onebit_core.layers import (
     GroupedIntLinear,
     LayerSpec,
     LutLinear,
-    QuantizedEmbedding,
     SalientWeights,
     SignLinear,
-    TiedHead,
     build_layer,
     pack_layers,
     packed_bytes,
@@ -204,22 +202,6 @@ def test_an_impossible_spec_is_refused(values):
     good = {"format": "sign", "in_features": 64, "out_features": 8}
     with pytest.raises(ConfigError, match="LayerSpec"):
         LayerSpec.from_dict({**good, **values})
-
-
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_embedding_in_8_bit_is_close_and_the_tied_head_shares_it(backend):
-    """Lookup is within half a step; the head multiplies by the same table on every backend."""
-    table = draw(50, 16)
-    embedding = QuantizedEmbedding(50, 16)
-    embedding.fill(table)
-    assert (embedding(torch.arange(50)) - table).abs().max() <= table.abs().amax() / 127 * 0.51
-    head = TiedHead(embedding)
-    x = draw(3, 16, seed=1)
-    expected = x @ embedding.dequantize().T
-    use_backend(head, backend)
-    tolerance = 1e-3 if backend == "cpu" else 1e-5
-    torch.testing.assert_close(head(x), expected, rtol=tolerance, atol=tolerance)
-    assert list(head.state_dict()) == []
 
 
 def test_moving_a_layer_drops_its_unpacked_weight():

@@ -9,9 +9,10 @@ from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.errors import ConfigError
 from onebit_core.layers import LayerSpec, build_layer
 from onebit_core.methods import METHODS, method_named
+from onebit_core.methods.factors import project
 from onebit_core.methods.gptq import GptqConfig, quantize_gptq
 from onebit_core.methods.lut2 import Lut2Config, quantize_lut2
-from onebit_core.methods.nanoquant import NanoquantConfig, factorize, project, quantize_nanoquant
+from onebit_core.methods.nanoquant import NanoquantConfig, factorize, quantize_nanoquant
 from onebit_core.methods.pb_llm import PbLlmConfig, quantize_pb_llm
 from onebit_core.methods.rtn import RtnConfig, quantize_rtn
 from onebit_core.methods.second_order import output_error, weight_error
@@ -30,8 +31,13 @@ def problem(rows: int = 48, columns: int = 256, seed: int = 0) -> tuple[torch.Te
 
 
 def settings_of(name: str):
-    small = {"rtn": {"group_size": 32}, "gptq": {"group_size": 32}, "nanoquant": {"bits": 3.0, "iterations": 20}}
-    small = small.get(name, {})
+    small = {
+        "rtn": {"group_size": 32},
+        "gptq": {"group_size": 32},
+        "nanoquant": {"bits": 3.0, "iterations": 20},
+        "dbf": {"bits": 3.0, "iterations": 10},
+        "omniquant": {"group_size": 32, "steps": 10},
+    }.get(name, {})
     return METHODS[name].config.from_dict(small)
 
 

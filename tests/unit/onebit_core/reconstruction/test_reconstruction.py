@@ -12,14 +12,21 @@ from onebit_core.layers import SalientWeights, SignLinear
 from onebit_core.methods import METHODS
 from onebit_core.reconstruction import ReconstructionConfig, reconstruct_block
 from onebit_core.reconstruction.block import block_loss
-from onebit_core.reconstruction.latents import LATENTS, sign_through
+from onebit_core.reconstruction.composed import LATENTS
+from onebit_core.reconstruction.latents import sign_through
 
 SETTINGS = {
     "gptq": {"bits": 3, "group_size": 16},
     "svid": {"planes": 2},
     "pb_llm": {"ratio": 0.2},
     "lut2": {"group_size": 16},
+    "billm": {"group_size": 32},
+    "arb": {"group_size": 32},
+    "ptq161": {"group_size": 16},
     "nanoquant": {"bits": 2.5, "iterations": 20},
+    "dbf": {"bits": 2.5, "iterations": 10},
+    "residual": {},
+    "omniquant": {"bits": 2, "group_size": 16},
 }
 
 

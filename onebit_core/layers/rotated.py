@@ -1,0 +1,144 @@
+"""RotatedLinear: a layer whose inputs are rotated before it, so that no input stands out.
+
+    y = A (R^T x) + bias       A: a packed layer, found for W R;   R = diag(s) blockdiag(H_b, ..., H_b)
+
+H_b is Sylvester's Hadamard matrix over sqrt(b), b the largest power of two up to 256 that divides I, and s a fixed
+pattern of signs. R is orthogonal: W x = (W R)(R^T x), but columns that were large are spread over b others, and a grid
+that all of a group share fits them better. Nothing is stored for R; it costs b additions an input when computing.
+
+Sources: rotation for quantization: QuaRot (arXiv:2404.00456, section 3), QuIP# (arXiv:2402.04396, section 3); choosing
+layer by layer: RoSTE (arXiv:2502.09003, section 4). Where we differ: weights alone are quantized, so the rotation stays
+next to its layer and need not be merged into others.
+
+Shape suffixes: O = output features, I = input features.
+"""
+
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from onebit_core.kernels import Backend, LinearOperands, packs
+from onebit_core.layers.base import QuantizedLinear
+from onebit_core.layers.spec import LayerSpec
+from onebit_core.layers.split import PART_FORMATS, SplitLinear
+
+LARGEST_BLOCK = 256
+SIGN_STEP = 2654435761
+"""Knuth's multiplier (2**32 over the golden ratio): its multiples' top bits look drawn, and are the same everywhere."""
+
+
+def rotation_block(in_features: int) -> int:
+    """Return the size of the blocks that are rotated: 1 (no rotation) for an odd number of inputs."""
+    block = in_features & -in_features
+    return min(block, LARGEST_BLOCK)
+
+
+@lru_cache(maxsize=64)
+def _rotation(in_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return s float32 [I] and H float32 [b, b]."""
+    block = rotation_block(in_features)
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < block:
+        hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
+    place_I = torch.arange(1, in_features + 1, dtype=torch.int64)
+    sign_I = 1 - 2 * ((place_I * SIGN_STEP) % 2**32 // 2**31)
+    return sign_I.float().to(device), (hadamard / block**0.5).to(device)
+
+
+def rotate(rows: Tensor) -> Tensor:
+    """Return rows @ R, floating [..., I], in the same dtype; of a Hessian rotate both sides."""
+    sign_I, hadamard = _rotation(rows.shape[-1], rows.device)
+    blocks = (rows.float() * sign_I).unflatten(-1, (-1, len(hadamard)))
+    rotated: Tensor = (blocks @ hadamard).flatten(-2)
+    return rotated.to(rows.dtype)
+
+
+def rotate_back(rows: Tensor) -> Tensor:
+    """Return rows @ R^T, floating [..., I], in the same dtype."""
+    sign_I, hadamard = _rotation(rows.shape[-1], rows.device)
+    blocks = rows.float().unflatten(-1, (-1, len(hadamard)))
+    restored: Tensor = (blocks @ hadamard).flatten(-2) * sign_I  # H is symmetric
+    return restored.to(rows.dtype)
+
+
+class RotatedLinear(QuantizedLinear):
+    """A layer behind a rotation.
+
+    Tensors: those of the inner layer, as `parts.0.NAME`.
+    """
+
+    PARTS: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec)
+        (inner,) = spec.parts
+        kinds: dict[str, type[QuantizedLinear]] = {**PART_FORMATS, "split": SplitLinear}
+        self.parts = nn.ModuleList([kinds[inner.format](inner)])
+
+    @classmethod
+    def around(cls, layer: QuantizedLinear) -> "RotatedLinear":
+        """Put a layer that was found for a rotated weight behind the rotation; the layer has no bias."""
+        spec = LayerSpec(
+            format="rotated", in_features=layer.in_features, out_features=layer.out_features, parts=(layer.spec,)
+        )
+        with torch.device("meta"):
+            rotated = cls(spec)
+        rotated.parts = nn.ModuleList([layer])
+        return rotated
+
+    @property
+    def inner(self) -> QuantizedLinear:
+        """The layer behind the rotation."""
+        (layer,) = self.parts
+        assert isinstance(layer, QuantizedLinear)
+        return layer
+
+    def base_weight(self) -> Tensor:
+        """Return the dense weight for inputs as they come, float32 [O, I]."""
+        return rotate_back(self.inner.dequantize())
+
+    def base_matmul(self, x: Tensor) -> Tensor:
+        """Rotate and multiply."""
+        product: Tensor = self.inner(rotate(x))
+        return product
+
+    def chain(self) -> tuple[LinearOperands, ...]:
+        """Return no product: the inner layer is packed on its own."""
+        return ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply: x floating [..., I], result [..., O] in x's dtype."""
+        if not packs(self.backend):
+            return super().forward(x)
+        self.pack()
+        product = self.base_matmul(x)
+        bias = self._buffers.get("bias")
+        return product if bias is None else product + bias.to(x.dtype)
+
+    def pack(self) -> None:
+        """Lay the inner layer out for a packed backend."""
+        if packs(self.backend):
+            self.inner.pack()
+
+    def release_stored(self) -> None:
+        """Drop the inner layer's stored tensors; the bias stays, for it is used as it is."""
+        self.inner.release_stored()
+
+    def set_backend(self, backend: Backend) -> None:
+        """Let another backend compute, in the inner layer too."""
+        super().set_backend(backend)
+        self.inner.set_backend(backend)
+
+    def packed_bytes(self) -> int:
+        """Return the bytes of the inner layer as packed."""
+        return self.inner.packed_bytes()
+
+    def part_of(self, name: str) -> str:
+        """Return the part of the artifact that a stored tensor counts to."""
+        prefix = "parts.0."
+        return self.inner.part_of(name.removeprefix(prefix)) if name.startswith(prefix) else super().part_of(name)
+
+    def _is_packed(self) -> bool:
+        return self.inner._is_packed()
