@@ -1,77 +1,244 @@
 """Where calibration and evaluation text comes from.
 
     FILE.txt, .md, .raw     the whole file is one text
-    FILE.jsonl              one object a line with a "text" field; joined by blank lines
-    FOLDER                  all of these in it, in name order
+    FILE.jsonl, .json       one object a line, or one JSON array of objects
+    FILE.parquet, .arrow    a table, one document a row (tables.py)
+    any but tables, .gz     unpacked on the way: c4.00000.json.gz
+    FOLDER                  made by `datasets` (save_to_disk): its rows; otherwise all tables in it, or else all texts
+                            and JSON lines, or else all .json, in name order
+    SOURCE#COLUMN           which column holds the documents; without it `text`
     builtin:python          the language reference that comes with Python: always there, technical English
+    self:                   text that the model writes itself (self_written.py); for calibration only
 
-Calibration text must never overlap evaluation text; fingerprints of both stand in the artifact.
+Documents are joined by blank lines. What stands behind the last # is a column unless it holds a slash; a file whose
+name has a # is named with another at its end. That is decided by the name alone, never by what is on disk, so a path
+that was checked is the path that is opened.
+
+Calibration text must never overlap evaluation text (overlap.py); fingerprints of both stand in the artifact.
 """
 
 import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+from onebit_core.calibration.documents import (
+    JSON_SUFFIXES,
+    LINES_SUFFIXES,
+    TEXT_SUFFIXES,
+    Documents,
+    form_of,
+    open_documents,
+)
+from onebit_core.calibration.tables import ARROW_SUFFIX, TABLE_SUFFIXES, open_table
 from onebit_core.errors import CalibrationError, first_line
 
 BUILTIN = "builtin:python"
-SUFFIXES = (".txt", ".md", ".raw", ".jsonl")
 BUILTIN_HELDOUT = "builtin:python-heldout"
+BUILTIN_TEXTS = (BUILTIN, BUILTIN_HELDOUT)
 HELDOUT_TOPICS = 5
 """Every fifth topic of the builtin text belongs to its held-out part."""
+
+SELF = "self:"
+COLUMN_MARK = "#"
+
+KINDS = (TABLE_SUFFIXES, (*TEXT_SUFFIXES, *LINES_SUFFIXES), JSON_SUFFIXES)
+"""A folder is read as the first kind of which it has any: a README beside tables is not their text."""
+
+STATE_FILE, SPLITS_FILE = "state.json", "dataset_dict.json"
+"""What save_to_disk of `datasets` leaves in the folder of a data set, and of several splits."""
+
+LARGEST_TEXT_CHARACTERS = 1 << 30
+
+
+def split_source(source: str) -> tuple[str, str | None]:
+    """Return a source's path and column; None is the default column."""
+    path, mark, column = source.rpartition(COLUMN_MARK)
+    if not mark or "/" in column:
+        return source, None
+    return path, column or None
+
+
+def join_source(path: str, column: str | None) -> str:
+    """Return the source that `split_source` takes apart into these."""
+    joined = path if column is None else f"{path}{COLUMN_MARK}{column}"
+    return joined if split_source(joined) == (path, column) else f"{path}{COLUMN_MARK}"
+
+
+class OpenSource:
+    """The documents of a source, in order, readable from any place on.
+
+    Attributes:
+        name: the source.
+    """
+
+    def __init__(self, name: str, files: Sequence[Documents]) -> None:
+        self.name = name
+        self._files = files
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del kind, error, trace
+        for file in self._files:
+            file.close()
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [file.size() for file in self._files]
+
+    @property
+    def size(self) -> int:
+        """The number of places; a compressed file is unpacked once to count them."""
+        return sum(self._sizes)
+
+    def read(self, first: int = 0, last: int | None = None) -> Iterator[str]:
+        """Yield the documents that begin at first <= place < last, with what joins them in front of all but the first.
+
+        Raises:
+            CalibrationError: a file cannot be read, or holds something else.
+        """
+        start, is_first = 0, True
+        for index, file in enumerate(self._files):
+            if first or last is not None:  # reading all of it does without sizes
+                begin, start = start, start + self._sizes[index]
+                if start <= first or (last is not None and begin >= last):
+                    continue
+                end = None if last is None or last >= start else last - begin
+                texts = file.read(max(0, first - begin), end)
+            else:
+                texts = file.read(0, None)
+            joint = "\n\n"
+            for text in texts:
+                yield text if is_first else joint + text
+                is_first, joint = False, file.joint
+
+    def whole(self, limit: int) -> str | None:
+        """Return everything as one text, or None if that has more than `limit` characters.
+
+        Raises:
+            CalibrationError: a file cannot be read, holds something else, or nothing.
+        """
+        parts, length = [], 0
+        for part in self.read():
+            parts.append(part)
+            length += len(part)
+            if length > limit:
+                return None
+        text = "".join(parts)
+        if not text.strip():
+            raise CalibrationError(f"{self.name}: the text is empty")
+        return text
+
+
+class _KnownText:
+    """A text in memory."""
+
+    joint = ""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def size(self) -> int:
+        """Return the number of characters."""
+        return len(self._text)
+
+    def read(self, first: int, last: int | None) -> Iterator[str]:
+        """Yield a part."""
+        yield self._text[first:last]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def open_source(source: str) -> OpenSource:
+    """Open a source to read its documents; use as a context.
+
+    Raises:
+        CalibrationError: missing, of an unknown form, or text that only the model could write.
+    """
+    if source in BUILTIN_TEXTS:
+        return OpenSource(source, [_KnownText(_builtin(source))])
+    _, column = split_source(source)
+    return OpenSource(source, [_open_file(file, column) for file in source_files(source)])
 
 
 def read_text(source: str) -> str:
     """Return the text of a source.
 
     Raises:
-        CalibrationError: missing, not UTF-8, or empty.
+        CalibrationError: missing, not UTF-8, empty, or too large to be one text.
     """
-    if source in (BUILTIN, BUILTIN_HELDOUT):
-        return _builtin(source)
-    try:
-        path = Path(source).expanduser()
-        is_folder = path.is_dir()
-    except (OSError, RuntimeError) as error:
-        raise CalibrationError(f"{source}: not a path this machine can follow ({first_line(error)})") from error
-    if is_folder:
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        if not files:
-            raise CalibrationError(f"{source}: the folder holds no text ({', '.join(SUFFIXES)})")
-        return "\n\n".join(_read_file(file) for file in files)
-    return _read_file(path)
-
-
-def _read_file(path: Path) -> str:
-    """Read one file of a known form."""
-    if not path.is_file():
-        raise CalibrationError(f"{path}: no such text file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from error
-    if path.suffix == ".jsonl":
-        text = _join_lines(path, text)
-    if not text.strip():
-        raise CalibrationError(f"{path}: the text is empty")
+    with open_source(source) as opened:
+        text = opened.whole(LARGEST_TEXT_CHARACTERS)
+    if text is None:
+        raise CalibrationError(f"{source}: more than {LARGEST_TEXT_CHARACTERS >> 30} Gi characters; give a part of it")
     return text
 
 
-def _join_lines(path: Path, text: str) -> str:
-    """Join the "text" fields of a JSON lines file; a line ends at LF only, for JSON may hold U+2028 and its like."""
-    parts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+def source_files(source: str) -> list[Path]:
+    """Return the files that a source is read from, none of a builtin text.
+
+    Raises:
+        CalibrationError: missing, of an unknown form, or text that only the model could write.
+    """
+    if source in BUILTIN_TEXTS:
+        return []
+    name, _ = split_source(source)
+    if SELF in (source, name):
+        raise CalibrationError(f"{source}: text that the model writes itself is for calibration only, without a column")
+    try:
+        path = Path(name).expanduser()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CalibrationError(f"{source}: not a path this machine can follow ({first_line(error)})") from error
+    if is_folder:
         try:
-            part = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CalibrationError(f'{path}: line {number} is not an object with a "text" field') from error
-        if not isinstance(part, str):
-            raise CalibrationError(f"{path}: the text of line {number} is not a string")
-        parts.append(part)
-    return "\n\n".join(parts)
+            return _files_in(path)
+        except OSError as error:
+            raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from error
+    if not path.is_file():
+        hint = f"; if its name has a {COLUMN_MARK}, add another at the end" if name != source else ""
+        raise CalibrationError(f"{path}: no such text file{hint}")
+    return [path]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files of a folder that hold its text."""
+    if (folder / SPLITS_FILE).is_file():
+        splits = ", ".join(sorted(path.name for path in folder.iterdir() if (path / STATE_FILE).is_file()))
+        raise CalibrationError(f"{folder}: a data set of several splits ({splits}); name one, such as {folder}/train")
+    found = sorted(path for path in folder.iterdir() if path.is_file())
+    if (folder / STATE_FILE) in found and any(path.suffix == ARROW_SUFFIX for path in found):
+        return _saved_files(folder)
+    for suffixes in KINDS:
+        files = [path for path in found if (path.suffix if suffixes is TABLE_SUFFIXES else form_of(path)) in suffixes]
+        if files:
+            return files
+    known = ", ".join(suffix for suffixes in KINDS for suffix in suffixes)
+    raise CalibrationError(f"{folder}: the folder holds no text ({known})")
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Return the files that a saved data set's state lists, without folders: nothing outside of its own is opened."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        names = [Path(entry["filename"]).name for entry in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CalibrationError(f"{folder / STATE_FILE}: lists no files ({first_line(error)}); save it again") from error
+    if not names:
+        raise CalibrationError(f"{folder}: the data set is empty")
+    return [folder / name for name in names]
+
+
+def _open_file(path: Path, column: str | None) -> Documents:
+    """Open one file of a known form; an unknown one is read as text."""
+    return open_table(path, column) if path.suffix in TABLE_SUFFIXES else open_documents(path, column)
 
 
 def _builtin(source: str) -> str:

@@ -41,16 +41,24 @@ class StatisticsAccumulator:
         self._first_token_weight = first_token_weight
 
     @torch.no_grad()
-    def add(self, x_STI: Tensor) -> None:
-        """Add a batch of inputs, floating [S, T, I]; position 0 of every sample is a first token."""
-        samples, tokens, features = x_STI.shape
-        rows = x_STI.float().clone()
-        rows[:, 0] *= self._first_token_weight**0.5
-        flat_RI = rows.view(-1, features)
+    def add(self, x: Tensor) -> None:
+        """Add a batch of inputs.
+
+        Args:
+            x: floating [S, T, I], whose position 0 of every sample is a first token, or [N, I]: tokens picked out of
+                samples, none of them a first one, and maybe none at all.
+        """
+        rows_RI = x.float().reshape(-1, x.shape[-1])
+        weight = float(len(rows_RI))
+        if x.ndim == 3 and self._first_token_weight != 1:
+            rows = x.float().clone()
+            rows[:, 0] *= self._first_token_weight**0.5
+            rows_RI = rows.flatten(0, 1)
+            weight += len(x) * (self._first_token_weight - 1)
         with fast_float32_products():
-            self._sum_II.addmm_(flat_RI.T, flat_RI)
-        self._total_weight += samples * (tokens - 1 + self._first_token_weight)
-        self._num_tokens += samples * tokens
+            self._sum_II.addmm_(rows_RI.T, rows_RI)
+        self._total_weight += weight
+        self._num_tokens += len(rows_RI)
 
     def finish(self) -> InputStatistics:
         """Return the statistics of everything added."""
