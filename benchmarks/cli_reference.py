@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from onebit_core.cli.main import app
 
-COMMANDS = ("", "quantize", "evaluate", "inspect", "methods")
+COMMANDS = ("", "quantize", "evaluate", "inspect", "methods", "write-text")
 
 
 def render() -> str:

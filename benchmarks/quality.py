@@ -1,6 +1,6 @@
 """What each method costs in accuracy: quantize one model in many ways, evaluate all in one pass, write one CSV.
 
-    python benchmarks/quality.py --work DIR --text wikitext2=FILE --windows wikitext2=60 --calibration FILE
+    python -m benchmarks.quality --work DIR --text wikitext2=FILE --windows wikitext2=60 --calibration FILE
 
 Artifacts are kept under --work and not made twice, so an interrupted run continues, and a run with other texts only
 evaluates. The original's logits are computed once a window for all artifacts that fit into memory together.
@@ -14,7 +14,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.quality_picture import draw, picture_of
+from benchmarks.quality_rows import ROWS, Row
+from benchmarks.quality_table import markdown
 from onebit_core.artifact.manifest import EvaluationResult, Manifest, Report
 from onebit_core.artifact.reader import load_model, read_manifest, read_report
 from onebit_core.artifact.writer import update_report
@@ -46,63 +48,6 @@ SHARE_OF_MEMORY = 0.6
 """Of the free memory, for the candidates of one evaluation pass."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way to quantize the model; `name` is also its folder under --work, `preset` that of reconstruction."""
-
-    name: str
-    method: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    preset: str = "off"
-
-
-ROWS = (
-    *(Row(name=f"rtn-{bits}b", method="rtn", settings={"bits": bits, "group_size": 64}) for bits in (4, 3, 2)),
-    *(Row(name=f"gptq-{bits}b", method="gptq", settings={"bits": bits, "group_size": 64}) for bits in (4, 3, 2)),
-    *(
-        Row(
-            name=f"gptq-{bits}b-plain",
-            method="gptq",
-            settings={"bits": bits, "group_size": 64, "act_order": False, "search": False},
-        )
-        for bits in (4, 3)
-    ),
-    Row(name="svid", method="svid"),
-    *(
-        Row(name=f"pb_llm-{100 * ratio:.0f}", method="pb_llm", settings={"ratio": ratio, "metric": "hessian"})
-        for ratio in (0.1, 0.2, 0.3, 0.5)
-    ),
-    *(
-        Row(
-            name=f"pb_llm-{100 * ratio:.0f}-row",
-            method="pb_llm",
-            settings={"ratio": ratio, "metric": "hessian", "base": "row"},
-        )
-        for ratio in (0.1, 0.2)
-    ),
-    Row(name="pb_llm-20-magnitude", method="pb_llm", settings={"ratio": 0.2, "metric": "magnitude"}),
-    Row(
-        name="pb_llm-20-magnitude-row",
-        method="pb_llm",
-        settings={"ratio": 0.2, "metric": "magnitude", "base": "row"},
-    ),
-    Row(name="lut2", method="lut2"),
-    Row(name="nanoquant-1b", method="nanoquant", settings={"bits": 1.0}),
-    *(
-        Row(name=f"gptq-{bits}b+{preset}", method="gptq", settings={"bits": bits, "group_size": 64}, preset=preset)
-        for bits in (4, 3, 2)
-        for preset in ("light", "full")
-    ),
-    *(Row(name=f"lut2+{preset}", method="lut2", preset=preset) for preset in ("light", "full")),
-    *(
-        Row(name=f"nanoquant-{bits}b+{preset}", method="nanoquant", settings={"bits": float(bits)}, preset=preset)
-        for bits in ("1", "1.5", "2")
-        for preset in ("light", "full")
-    ),
-    Row(name="pb_llm-10+light", method="pb_llm", settings={"ratio": 0.1}, preset="light"),
-)
-
-
 def main() -> int:
     """Run what the arguments ask for."""
     options = _arguments()
@@ -115,6 +60,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(markdown(lines))
+    file = _file_of(options)
+    draw([file], picture_of(file))
     return 0
 
 
@@ -177,7 +124,8 @@ def _quantized(row: Row, options: argparse.Namespace, device: str, watch: Watch)
         wanted = config.calibration.to_dict() if manifest.calibration else {}
         found = {key: manifest.calibration.get(key) for key in wanted}
         trained = config.reconstruction.to_dict() if config.reconstruction.enabled else {}
-        if (manifest.settings, found, manifest.reconstruction) != (config.settings, wanted, trained):
+        made = (manifest.settings, found, manifest.reconstruction, manifest.allocation.get("bits"))
+        if made != (config.settings, wanted, trained, config.bits):
             raise ConfigError(f"{out}: made by an earlier run with other settings; remove it or choose another --work")
         return out
     print(f"{row.name}: quantizing", file=sys.stderr)
@@ -198,6 +146,7 @@ def _config_of(row: Row, options: argparse.Namespace, device: str) -> QuantizeCo
         settings=dict(row.settings),
         calibration=CalibrationConfig.from_dict(calibration),
         reconstruction=ReconstructionConfig.from_dict({"preset": row.preset}),
+        bits=row.bits,
         embedding_bits=options.embedding_bits,
         name=row.name,
         device=device,
@@ -240,6 +189,7 @@ def line_of(manifest: Manifest, report: Report, result: EvaluationResult) -> dic
         "method": manifest.method,
         "settings": json.dumps(manifest.settings, sort_keys=True),
         "reconstruction": json.dumps(manifest.reconstruction, sort_keys=True) if manifest.reconstruction else "",
+        "allocation": manifest.allocation.get("bits", ""),
         "true_bits_linear": round(manifest.bits.linear_true, 4),
         "nominal_bits_linear": round(manifest.bits.linear_nominal, 4),
         "whole_model_bits": round(manifest.bits.whole_model, 4),
@@ -275,7 +225,7 @@ def _command(arguments: Sequence[str]) -> str:
     for argument in arguments[1:]:
         name, separator, file = argument.rpartition("=")
         shown.append(name + separator + Path(file).name)
-    return shlex.join(["python", "benchmarks/quality.py", *shown])
+    return shlex.join(["python", "-m", "benchmarks.quality", *shown])
 
 
 def _digits(value: float) -> float:
@@ -293,60 +243,22 @@ def _without_folders(calibration: Mapping[str, Any]) -> dict[str, Any]:
     return {key: changed.get(key, value) for key, value in calibration.items()}
 
 
+def _file_of(options: argparse.Namespace) -> Path:
+    """Return the CSV to write; a run that ends on another day than it began keeps its name."""
+    stem = Path(options.model).name.removesuffix(".gguf")
+    options.out = options.out or RESULTS / f"quality_{stem}_{datetime.now(UTC):%Y-%m-%d}.csv"
+    out: Path = options.out
+    return out
+
+
 def _write_csv(options: argparse.Namespace, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write the CSV as a whole; after every result, so that an interrupted run leaves one."""
-    stem = Path(options.model).name.removesuffix(".gguf")
-    out: Path = options.out or RESULTS / f"quality_{stem}_{datetime.now(UTC):%Y-%m-%d}.csv"
+    out = _file_of(options)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read a CSV back, numbers as numbers."""
-    with file.open(newline="", encoding="utf-8") as stream:
-        return [{key: _number(value) for key, value in line.items()} for line in csv.DictReader(stream)]
-
-
-def _number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the README's table: one line an artifact, with perplexity, KL and top-1 of every text."""
-    datasets = list(dict.fromkeys(line["dataset"] for line in lines))
-    heading = ["method", "true bits (advertised)", "whole model"]
-    for dataset in datasets:
-        one = next(line for line in lines if line["dataset"] == dataset)
-        heading += [f"ppl {dataset} (original {one['ppl_original']:.4g})", f"KL {dataset}", f"top-1 {dataset}"]
-    table = [heading, ["---"] * len(heading)]
-    for name in dict.fromkeys(line["row"] for line in lines):
-        of_row = {line["dataset"]: line for line in lines if line["row"] == name}
-        one = next(iter(of_row.values()))
-        cells = [
-            name,
-            f"{one['true_bits_linear']:.2f} ({one['nominal_bits_linear']:.2g})",
-            f"{one['whole_model_bits']:.2f}",
-        ]
-        for dataset in datasets:
-            line = of_row.get(dataset)
-            cells += ["", "", ""] if line is None else _cells(line)
-        table.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
-
-
-def _cells(line: Mapping[str, Any]) -> list[str]:
-    """Return perplexity with error and ratio, KL with error, and agreement."""
-    return [
-        f"{line['ppl']:.4g} ± {line['ppl_se']:.2g} ({line['ratio']:.3g}x)",
-        f"{line['kl_mean']:.3g} ± {line['kl_se']:.1g}",
-        f"{line['top1']:.1%}",
-    ]
 
 
 def _arguments() -> argparse.Namespace:
@@ -361,7 +273,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--embedding-bits", type=int, choices=(8, 16), default=16)
+    parser.add_argument("--embedding-bits", type=int, choices=(4, 8, 16), default=16)
     parser.add_argument(
         "--rows", nargs="*", default=[], help=f"a choice of: {', '.join(r.name for r in ROWS)}".replace("%", "%%")
     )

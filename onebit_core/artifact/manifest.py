@@ -3,7 +3,7 @@
 An artifact is a folder:
 
     config.json              the model's own configuration plus `quantization_config` (what transformers reads)
-    model.safetensors        packed tensors, in the layouts of onebit_core/layers
+    model.safetensors        packed tensors, in the layouts of onebit_core/layers; above 5 GB several files and an index
     manifest.json            Manifest
     report.json              Report; `onebit evaluate` adds to it
     tokenizer files          copied from the original
@@ -68,13 +68,16 @@ class Manifest(StrictConfig):
         method: name in onebit_core.methods.METHODS.
         settings: the method's complete settings.
         source: the original model.
-        calibration: text files with their fingerprints, samples, tokens, seed and weights; empty if none was needed.
+        calibration: sources with their fingerprints and what each covers (the whole "text", or the token ids of the
+            "windows" drawn), weights, samples, tokens, seed and first token weight; empty if none was needed.
         reconstruction: how blocks were trained after their layers were quantized; empty if they were not.
+        rotation: whether linears were quantized behind a rotation of their inputs: off, auto (some) or all.
+        allocation: how bits were spread over layers, and the settings of those that differ; empty if none does.
         versions: of onebit, torch, transformers and Python.
         created: ISO 8601, UTC.
         bits: bits per weight.
         bytes_by_part: bytes written, by PARTS.
-        sha256: of model.safetensors.
+        sha256: of model.safetensors, or of its shards one after the other.
     """
 
     format_version: int
@@ -89,6 +92,8 @@ class Manifest(StrictConfig):
     bytes_by_part: dict[str, int]
     sha256: str
     reconstruction: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
+    rotation: str = "off"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,7 @@ class LayerReport(StrictConfig):
         weight_error: squared relative Frobenius error of the weight.
         output_error: the same of the layer's output on its calibration inputs; None without calibration.
         seconds: time spent.
+        notes: what else a reader should know, such as an expert that calibration never reached.
     """
 
     name: str
@@ -114,6 +120,7 @@ class LayerReport(StrictConfig):
     weight_error: float
     output_error: float | None
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +154,7 @@ class EvaluationResult(StrictConfig):
         dtype: of the forward passes.
         date: ISO 8601, UTC.
         versions: of onebit, torch and transformers.
+        warning: why the figures are not what they seem, such as text that was calibrated on; None if nothing is known.
     """
 
     dataset: str
@@ -167,12 +175,63 @@ class EvaluationResult(StrictConfig):
     dtype: str
     date: str
     versions: dict[str, str]
+    warning: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(StrictConfig):
+    """Share of questions answered rightly, 0 to 1, with its standard error over questions."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult(StrictConfig):
+    """The compressed model against its original on one zero-shot task, a set of multiple-choice questions.
+
+    Attributes:
+        task: the name the user gave the file, or lm-eval's name of its own task.
+        fingerprint: sha256 of the questions asked, word by word with their choices and answers.
+        questions: how many were asked.
+        available: how many the task has.
+        chance: accuracy of guessing.
+        original: accuracy of the original; its answer is the choice with the largest log-likelihood.
+        compressed: accuracy of the artifact.
+        difference_standard_error: of compressed minus original, over questions, each against itself.
+        original_norm: the same, the log-likelihood divided by the letters of the choice; None where the task has none.
+        compressed_norm: likewise of the artifact.
+        agreement: share of questions where both models choose the same.
+        agreement_standard_error: of that share, over questions.
+        device: where it ran.
+        dtype: of the forward passes.
+        date: ISO 8601, UTC.
+        versions: of onebit, torch, transformers and lm_eval.
+    """
+
+    task: str
+    fingerprint: str
+    questions: int
+    available: int
+    chance: float
+    original: Accuracy
+    compressed: Accuracy
+    difference_standard_error: float
+    original_norm: Accuracy | None
+    compressed_norm: Accuracy | None
+    agreement: float
+    agreement_standard_error: float
+    device: str
+    dtype: str
+    date: str
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(StrictConfig):
-    """What was measured about an artifact: per layer while quantizing, per text afterwards."""
+    """What was measured about an artifact: per layer while quantizing, per text and per task afterwards."""
 
     layers: tuple[LayerReport, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     evaluation: tuple[EvaluationResult, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()

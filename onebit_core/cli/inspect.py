@@ -10,9 +10,9 @@ from rich.text import Text
 
 from onebit_core.artifact.identity import read_manifest, read_report
 from onebit_core.artifact.manifest import Manifest, Report
-from onebit_core.cli.tables import bytes_table, evaluation_table, layers_table
+from onebit_core.cli.tables import bytes_table, layers_table, print_evaluation, tasks_table
 from onebit_core.errors import ConfigError
-from onebit_core.evaluation.report_page import render_page, worst_layers
+from onebit_core.evaluation.report_page import layer_notes, render_page, worst_layers
 
 
 def inspect(
@@ -60,7 +60,11 @@ def _print_tables(console: Console, manifest: Manifest, report: Report) -> None:
     console.print(bytes_table(manifest))
     if report.layers:
         console.print(layers_table(worst_layers(report), len(report.layers)))
+    for note, names in layer_notes(report).items():
+        console.print(Text(f"{note}: {', '.join(names)}"))
     if report.evaluation:
-        console.print(evaluation_table(report.evaluation))
-    else:
+        print_evaluation(console, report.evaluation)
+    if report.tasks:
+        console.print(tasks_table(report.tasks))
+    if not report.evaluation and not report.tasks:
         console.print("not evaluated yet: run onebit evaluate")

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from onebit_core.artifact.manifest import EvaluationResult, LayerReport, Manifest, Perplexity
+from onebit_core.artifact.manifest import Accuracy, EvaluationResult, LayerReport, Manifest, Perplexity, TaskResult
+from onebit_core.evaluation.accuracy import difference, mean_difference, mean_over_tasks
 from onebit_core.evaluation.report_page import parts_of
 
 
@@ -45,6 +47,37 @@ def evaluation_table(results: Sequence[EvaluationResult]) -> Table:
     ]
     headings = ("ppl before", "ppl after", "ratio", "KL, nats", "KL 99 %", "top-1 %")
     return table("accuracy against the original", ("text",), headings, rows)
+
+
+def print_evaluation(console: Console, results: Sequence[EvaluationResult]) -> None:
+    """Print what an artifact lost, and why figures are not what they seem."""
+    console.print(evaluation_table(results))
+    for result in results:
+        if result.warning:
+            console.print(Text(f"{result.dataset}: {result.warning}", style="yellow"), soft_wrap=True)
+
+
+def tasks_table(results: Sequence[TaskResult]) -> Table:
+    """Show zero-shot accuracy in percent, 80 columns wide; after ± stand standard errors over questions."""
+    rows = [
+        (
+            result.task,
+            str(result.questions),
+            f"{100 * result.chance:.0f}",
+            _percent(result.original),
+            _percent(result.compressed),
+            _percent(difference(result), sign="+"),
+            _norms(result),
+            f"{100 * result.agreement:.1f}",
+        )
+        for result in results
+    ]
+    if len(results) > 1:
+        before, after = (mean_over_tasks([getattr(one, of) for one in results]) for of in ("original", "compressed"))
+        means = (_percent(before), _percent(after), _percent(mean_difference(results), sign="+"))
+        rows.append(("mean", "", "", *means, "", f"{sum(100 * one.agreement for one in results) / len(results):.1f}"))
+    headings = ("asked", "chance", "before", "after", "change", "norm", "same")
+    return table("zero-shot accuracy in percent, against the original", ("task",), headings, rows)
 
 
 def bytes_table(manifest: Manifest) -> Table:
@@ -87,3 +120,14 @@ def with_error(one: Perplexity) -> str:
 def _ratio(value: float) -> str:
     """Write how many times worse, in at most seven characters."""
     return f"{value:.4g}" if value < 1000 else f"{value:.2g}"
+
+
+def _percent(one: Accuracy, sign: str = "") -> str:
+    """Write an accuracy or a difference: `52.1±1.0`."""
+    return f"{100 * one.value:{sign}.1f}±{100 * one.standard_error:.1f}"
+
+
+def _norms(result: TaskResult) -> str:
+    """Write both length-normalized accuracies, where the task has them: `42.5 40.0`."""
+    both = [one for one in (result.original_norm, result.compressed_norm) if one is not None]
+    return " ".join(f"{100 * one.value:.1f}" for one in both) or "-"

@@ -1,4 +1,4 @@
-"""The logits of one window, a few positions at a time.
+"""The logits of one window, or of a batch of sequences, a few positions at a time.
 
 Logits of a whole window are the largest tensor of an evaluation: 2048 positions of a 128,000-word vocabulary
 are 1 GiB in float32. So the decoder runs once over the window, its hidden states are kept (they are small), and
@@ -8,7 +8,7 @@ Some architectures do something to the logits after the head (Gemma caps them, G
 Rather than keep a list of those, a reader tries both ways on a few tokens once; unless they agree to the last
 bit, it falls back to the model's own complete logits, which costs memory but is always right.
 
-Shape suffixes: T = positions, V = vocabulary, H = hidden size.
+Shape suffixes: B = sequences, T = positions, V = vocabulary, H = hidden size, N = chosen positions.
 """
 
 import torch
@@ -35,17 +35,33 @@ class LogitsReader:
     @torch.inference_mode()
     def start(self, tokens_T: Tensor) -> None:
         """Run the model over one window of int64 token ids; `read` then answers for this window."""
-        tokens_1T = tokens_T[None].to(self._model.device)
+        self.start_batch(tokens_T[None])
+
+    @torch.inference_mode()
+    def start_batch(self, tokens_BT: Tensor) -> None:
+        """Run the model over sequences side by side; `read_at` then answers for position b * T + t of sequence b.
+
+        Shorter sequences are filled up at their end with any token: a causal model does not look ahead.
+        """
+        tokens_BT = tokens_BT.to(self._model.device)
         if self._head is None:
-            self._states_TH = self._model(input_ids=tokens_1T, use_cache=False).logits[0]
+            states_BTH = self._model(input_ids=tokens_BT, use_cache=False).logits
         else:
-            body = self._model.base_model
-            self._states_TH = body(input_ids=tokens_1T, use_cache=False).last_hidden_state[0]
+            states_BTH = self._model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        self._states_TH = states_BTH.flatten(0, 1)
 
     @torch.inference_mode()
     def read(self, start: int, stop: int) -> Tensor:
         """Return the float32 logits [stop - start, V] of some positions of the window."""
-        states = self._states_TH[start:stop]
+        return self._logits(self._states_TH[start:stop])
+
+    @torch.inference_mode()
+    def read_at(self, positions_N: Tensor) -> Tensor:
+        """Return the float32 logits [N, V] at some positions of the batch."""
+        return self._logits(self._states_TH[positions_N.to(self._states_TH.device)])
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Apply the head, unless the model's own logits are what was kept."""
         return (states if self._head is None else self._head(states)).float()
 
 

@@ -1,23 +1,26 @@
 """Evaluate an artifact against its original and write the results into it.
 
-    artifact (unpacked once) + original + named texts  ->  report.json of the artifact
+    artifact (unpacked once) + original + named texts and tasks  ->  report.json of the artifact
 
-Every text is written as soon as it is finished, so an interrupted run keeps what it has. A result replaces an
-earlier one of the same text: same name, same token ids, same window length.
+Every text and task is written as soon as it is finished, so an interrupted run keeps what it has. A result replaces an
+earlier one of the same text (same name, same token ids, same window length) or task (same name, same questions).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 
-from onebit_core.artifact.manifest import EvaluationResult, Report, SourceInfo
+from onebit_core.artifact.manifest import EvaluationResult, Report, SourceInfo, TaskResult
 from onebit_core.artifact.reader import DTYPES, load_model, read_manifest, read_report
 from onebit_core.artifact.writer import update_report
 from onebit_core.config import StrictConfig
-from onebit_core.errors import EvaluationError
+from onebit_core.errors import EvaluationError, first_line
 from onebit_core.evaluation.compare import evaluate_models
+from onebit_core.evaluation.overlap import calibration_overlap
 from onebit_core.evaluation.windows import read_windows
 from onebit_core.kernels import resolve_device
 from onebit_core.model.loading import find_folder, load_original
@@ -31,6 +34,9 @@ class EvaluateConfig(StrictConfig):
 
     Attributes:
         texts: name of a text to its source, see onebit_core.calibration.sources.
+        tasks: name of a zero-shot task to its file of questions, see onebit_core.evaluation.questions; None for
+            lm-eval's own task of that name.
+        task_limit: how many questions of each task, from an order shuffled with a fixed seed; None for all.
         original: the uncompressed model; None for the one the artifact was made from.
         windows: how many windows of each text; None for all it has.
         window_tokens: length of a window.
@@ -38,7 +44,9 @@ class EvaluateConfig(StrictConfig):
         dtype: of both models; auto is bfloat16 where the hardware multiplies it fast, else float32.
     """
 
-    texts: dict[str, str]
+    texts: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, str | None] = field(default_factory=dict)
+    task_limit: int | None = None
     original: str | None = None
     windows: int | None = 60
     window_tokens: int = 2048
@@ -46,24 +54,28 @@ class EvaluateConfig(StrictConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-def evaluate_artifact(
-    artifact: Path, config: EvaluateConfig, watch: Watch | None = None
-) -> tuple[EvaluationResult, ...]:
-    """Measure what an artifact lost on every text, and write it into the artifact.
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one run found: a result a text and a result a task, in the order given."""
 
-    Returns:
-        One result a text, in the order given.
+    texts: tuple[EvaluationResult, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
+
+
+def evaluate_artifact(artifact: Path, config: EvaluateConfig, watch: Watch | None = None) -> Measured:
+    """Measure what an artifact lost on every text and task, and write it into the artifact.
 
     Raises:
-        EvaluationError: a text cannot be used, or the original is not where the artifact says.
+        EvaluationError: a text or task cannot be used, or the original is not where the artifact says.
         ArtifactError, ModelError: a model cannot be loaded.
-        Cancelled: between two windows.
+        Cancelled: between two windows, or a few questions.
     """
     watch = watch or Watch()
     manifest = read_manifest(artifact)
     source = find_original(config.original, manifest.source)
-    if not config.texts:
-        raise EvaluationError("no text to evaluate on; name at least one as NAME=FILE")
+    if not config.texts and not config.tasks:
+        raise EvaluationError("nothing to evaluate on; name a text as NAME=FILE, or a zero-shot task")
+    tasks = _load_tasks(config.tasks)
     device = resolve_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     watch.report("load", 0, 2)
@@ -75,12 +87,37 @@ def evaluate_artifact(
     watch.report("load", 1, 2)
     original, _ = load_original(source, device=device, dtype=dtype)
     watch.report("load", 2, 2)
-    results = []
+    measured = Measured()
     for windows in texts:
-        scored = evaluate_models(original, {manifest.name: loaded.model}, windows, watch)
-        results.append(scored[manifest.name])
-        update_report(artifact, with_result(read_report(artifact), results[-1]))
-    return tuple(results)
+        result = evaluate_models(original, {manifest.name: loaded.model}, windows, watch)[manifest.name]
+        warning = calibration_overlap(manifest.calibration, config.texts[windows.name])
+        result = replace(result, warning=warning)
+        update_report(artifact, with_result(read_report(artifact), result))
+        measured = replace(measured, texts=(*measured.texts, result))
+    for name, task in tasks.items():
+        models = (original, loaded.model)
+        answered = _zero_shot().evaluate_task(name, task, models, loaded.tokenizer, config.task_limit, watch)
+        update_report(artifact, with_task(read_report(artifact), answered))
+        measured = replace(measured, tasks=(*measured.tasks, answered))
+    return measured
+
+
+def _load_tasks(wanted: Mapping[str, str | None]) -> dict[str, Any]:
+    """Read the tasks before any model, so that a mistake in them costs no time."""
+    tasks: dict[str, Any] = _zero_shot().load_tasks(wanted) if wanted else {}
+    return tasks
+
+
+def _zero_shot() -> ModuleType:
+    """Import what needs lm-eval; it is an extra and slow to import."""
+    try:
+        from onebit_core.evaluation import zero_shot
+    except ImportError as error:
+        raise EvaluationError(
+            f"zero-shot tasks need lm-eval, which cannot be imported ({first_line(error)}); install onebit with its "
+            "extra: pip install 'onebit[zeroshot]'"
+        ) from error
+    return zero_shot
 
 
 def with_result(report: Report, result: EvaluationResult) -> Report:
@@ -91,6 +128,12 @@ def with_result(report: Report, result: EvaluationResult) -> Report:
 
     kept = tuple(one for one in report.evaluation if key(one) != key(result))
     return replace(report, evaluation=(*kept, result))
+
+
+def with_task(report: Report, result: TaskResult) -> Report:
+    """Return the report with a task's result added, in place of an earlier one of the same questions."""
+    kept = tuple(one for one in report.tasks if (one.task, one.fingerprint) != (result.task, result.fingerprint))
+    return replace(report, tasks=(*kept, result))
 
 
 def find_original(asked_for: str | None, recorded: SourceInfo) -> str:

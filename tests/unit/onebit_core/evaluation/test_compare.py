@@ -1,12 +1,15 @@
 """A comparison of whole models: equal to the plain computation, however it is cut up."""
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from onebit_core.errors import Cancelled, EvaluationError
@@ -164,3 +167,45 @@ def test_progress_counts_windows_and_cancel_stops_it(original: Any, tokens: Toke
     watch.cancel.cancel()
     with pytest.raises(Cancelled):
         evaluate_models(original, {"same": original}, tokens, watch)
+
+
+class Live(TorchDispatchMode):
+    """Watches every tensor that operations make: how many bytes are alive at most, and how many rows of V logits."""
+
+    def __init__(self, vocabulary: int, *models: Any) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self.most_logits = 0
+        self._vocabulary = vocabulary
+        self._weights = {parameter.untyped_storage().data_ptr() for m in models for parameter in m.parameters()}
+        self._alive: dict[int, weakref.ref[torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self._weights:
+                key = id(tensor)
+                self._alive[key] = weakref.ref(tensor, lambda _, key=key: self._alive.pop(key, None))
+                if tensor.ndim and tensor.shape[-1] == self._vocabulary:
+                    self.most_logits = max(self.most_logits, tensor.numel() // self._vocabulary)
+        storages = [tensor.untyped_storage() for ref in list(self._alive.values()) if (tensor := ref()) is not None]
+        self.peak_bytes = max(self.peak_bytes, sum({one.data_ptr(): one.nbytes() for one in storages}.values()))
+        return result
+
+
+def test_logits_never_exist_beyond_a_slice_and_memory_does_not_grow_with_the_text(original: Any, other: Any) -> None:
+    """Four times the windows cost the few bytes a token that results need, not their logits."""
+    length, slice_length, vocabulary = 100, 16, original.config.vocab_size
+    peaks = []
+    for count in (4, 16):
+        tokens_WT = torch.randint(0, 256, (count, length))
+        with Live(vocabulary, original, other) as live:
+            evaluate_models(
+                original, {"other": other}, TokenWindows.of("random", tokens_WT), positions_per_slice=slice_length
+            )
+        assert live.most_logits == slice_length
+        peaks.append(live.peak_bytes)
+
+    logits_of_a_window = 4 * length * vocabulary
+    assert peaks[0] > 4 * slice_length * vocabulary
+    assert peaks[1] - peaks[0] < 12 * length * 64 < logits_of_a_window
