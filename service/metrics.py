@@ -11,7 +11,9 @@ Each Metrics owns its registry, so two servers in one process (tests) do not sha
 """
 
 import math
+import re
 from datetime import datetime
+from statistics import fmean
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,7 +26,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from onebit_core.artifact.manifest import EvaluationResult, Manifest, Report
+from onebit_core.artifact.manifest import EvaluationResult, LayerReport, Manifest, Report
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a `_created` series beside each counter and histogram doubles the page and serves nobody
 
@@ -134,7 +136,7 @@ class ArtifactMetrics:
         self.weight_bytes = gauge("onebit_artifact_weight_bytes", "Bytes stored, by what they hold.", "part")
         self.layer_error = gauge(
             "onebit_artifact_layer_relative_error_ratio",
-            "Relative Frobenius error of a layer's weight, or of its output on calibration inputs.",
+            "Relative Frobenius error of a layer's weight, or of its output in calibration; the mean over experts.",
             "layer",
             "projection",
             "space",
@@ -161,12 +163,12 @@ class ArtifactMetrics:
         self.parameters.labels(model).set(manifest.source.parameters)
         for part, size in manifest.bytes_by_part.items():
             self.weight_bytes.labels(model, part).set(size)
-        for layer in report.layers:  # reports hold squared errors
-            self.layer_error.labels(model, layer.name, layer.projection, "weight").set(math.sqrt(layer.weight_error))
-            if layer.output_error is not None:
-                self.layer_error.labels(model, layer.name, layer.projection, "output").set(
-                    math.sqrt(layer.output_error)
-                )
+        for (name, projection), layers in _layers_by_series(report).items():  # reports hold squared errors
+            weight = fmean(layer.weight_error for layer in layers)
+            self.layer_error.labels(model, name, projection, "weight").set(math.sqrt(weight))
+            outputs = [layer.output_error for layer in layers if layer.output_error is not None]
+            if outputs:
+                self.layer_error.labels(model, name, projection, "output").set(math.sqrt(fmean(outputs)))
         for result in report.evaluation:
             self._publish_evaluation(model, result)
 
@@ -234,6 +236,15 @@ class HttpMetrics:
             buckets=HTTP_SECONDS_BUCKETS,
             registry=registry,
         )
+
+
+def _layers_by_series(report: Report) -> dict[tuple[str, str], list[LayerReport]]:
+    """Group layers by name and projection; the experts of a block are one series, for they may be thousands."""
+    series: dict[tuple[str, str], list[LayerReport]] = {}
+    for layer in report.layers:
+        name = re.sub(r"\.experts\.\d+\.", ".experts.*.", layer.name)
+        series.setdefault((name, layer.projection), []).append(layer)
+    return series
 
 
 class Metrics:

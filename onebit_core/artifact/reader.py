@@ -1,11 +1,10 @@
 """load_model(): the front door to an artifact. It refuses whatever is missing, unexpected or misshapen.
 
 Before a byte of weights is used, the tensors that config.json promises (names, shapes, dtypes follow from the layer
-specs) are compared with the header of model.safetensors, and the file with the manifest's hash. Only then transformers
+specs) are compared with the headers of the weight files, and the files with the manifest's hash. Only then transformers
 loads it through the registered quantizer. No method code is imported: an artifact does not need what made it.
 """
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from onebit_core.artifact.identity import read_manifest, read_report
-from onebit_core.artifact.manifest import WEIGHTS_FILE, Manifest
+from onebit_core.artifact.manifest import Manifest
 from onebit_core.artifact.registration import QUANT_METHOD, OnebitQuantizationConfig, swap_modules
+from onebit_core.artifact.weight_files import read_headers, weight_files, weights_sha256
 from onebit_core.errors import (
     ArtifactError,
     ConfigError,
@@ -28,7 +27,7 @@ from onebit_core.errors import (
     first_line,
 )
 from onebit_core.kernels import Backend, describe_backend, resolve_backend, resolve_device
-from onebit_core.layers import SalientPart, pack_layers, use_backend
+from onebit_core.layers import SalientPart, SplitLinear, pack_layers, use_backend
 from onebit_core.model.blocks import shared_inputs
 from onebit_core.model.loading import build_skeleton, read_tokenizer
 
@@ -45,8 +44,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOST_PACKED_PER_STORED = 2
-"""Packed weights hold scales in float32 and pad rows and groups: 1.1 to 1.9 times what is stored, by format."""
+MOST_PACKED_PER_STORED = 2.2
+"""Packed weights hold scales in float32 and pad rows and groups: 1.1 to 2.1 times what is stored, by format."""
 
 FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
 SAFETENSORS_DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
@@ -95,7 +94,7 @@ def load_model(
     check_tensors(folder)
     if verify and weights_sha256(folder) != manifest.sha256:
         raise CorruptArtifact(
-            f"{folder / WEIGHTS_FILE}: the hash is not the manifest's; the file was damaged or changed"
+            f"{weight_files(folder)[0]}: the hash is not the manifest's; the file was damaged or changed"
         )
     if device == "cpu":
         _check_memory(manifest, torch_dtype, chosen)
@@ -104,7 +103,7 @@ def load_model(
     )
     model.eval()
     model.requires_grad_(requires_grad=False)
-    _check_salient(model, folder)
+    _check_indices(model, folder)
     use_backend(model, chosen)
     model.to(device=device)
     pack_layers(model, shared_inputs(model))
@@ -132,13 +131,8 @@ def check_tensors(folder: Path) -> None:
         ArtifactError: naming the first tensor that is missing, unexpected, or of another shape or dtype.
     """
     expected = _expected_tensors(folder)
-    weights = folder / WEIGHTS_FILE
-    try:
-        with safe_open(weights, framework="pt") as reader:
-            found = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  (not iterable)
-            shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
-    except (SafetensorError, OSError) as error:
-        raise CorruptArtifact(f"{weights}: not a readable safetensors file ({error})") from error
+    shapes = read_headers(folder)
+    weights = weight_files(folder)[0] if len(weight_files(folder)) == 1 else folder
     for name in sorted(set(expected) | set(shapes)):
         if name not in shapes:
             raise CorruptArtifact(f"{weights}: tensor {name!r} is missing")
@@ -149,12 +143,6 @@ def check_tensors(folder: Path) -> None:
         if shape != wanted_shape or dtype not in (FLOATING_DTYPES if wanted_dtype is None else (wanted_dtype,)):
             wanted = f"{wanted_dtype or 'floating'} {list(wanted_shape)}"
             raise CorruptArtifact(f"{weights}: tensor {name!r} is {dtype} {list(shape)}, expected {wanted}")
-
-
-def weights_sha256(folder: Path) -> str:
-    """Return the hash of an artifact's weights."""
-    with (folder / WEIGHTS_FILE).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | None]]:
@@ -184,14 +172,14 @@ def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | No
     }
 
 
-def _check_salient(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse salient places outside of their matrix."""
+def _check_indices(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse salient places outside of their matrix, and columns that do not fit the parts of a split layer."""
     for name, module in model.named_modules():
-        if isinstance(module, SalientPart):
+        if isinstance(module, SalientPart | SplitLinear):
             try:
                 module.check()
             except CorruptArtifact as error:
-                raise CorruptArtifact(f"{folder / WEIGHTS_FILE}: {name}: {error}") from error
+                raise CorruptArtifact(f"{folder}: {name}: {error}") from error
 
 
 def _check_memory(manifest: Manifest, dtype: torch.dtype, backend: Backend) -> None:

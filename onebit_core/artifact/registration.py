@@ -18,7 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onebit_core.errors import CorruptArtifact, UnsupportedFormat
-from onebit_core.layers import LayerSpec, QuantizedEmbedding, TiedHead, build_layer
+from onebit_core.layers import EMBEDDINGS, LayerSpec, QuantizedEmbedding, TiedHead, build_layer
+from onebit_core.model.experts import use_linear_experts
 from onebit_core.model.replace import replace_module
 
 QUANT_METHOD = "onebit"
@@ -30,7 +31,7 @@ class OnebitQuantizationConfig(QuantizationConfigMixin):
 
     Attributes:
         layers: module path to LayerSpec values.
-        embedding_bits: 16 if embedding and head are stored as in the original, 8 if in 8 bit.
+        embedding_bits: 16 if embedding and head are stored as in the original, 8 or 4 if in so many bits.
         format_version: of this layout; newer ones are refused.
     """
 
@@ -90,11 +91,12 @@ def swap_modules(model: PreTrainedModel, config: OnebitQuantizationConfig) -> No
             f"artifact format {config.format_version} is newer than {CONFIG_VERSION}, "
             "which this version reads; upgrade onebit"
         )
-    if config.embedding_bits not in (8, 16) or not isinstance(config.layers, dict):
+    if config.embedding_bits not in (*EMBEDDINGS, 16) or not isinstance(config.layers, dict):
         raise CorruptArtifact(
-            f"config.json: quantization_config has embedding_bits {config.embedding_bits!r} (8 or 16) and layers of "
+            f"config.json: quantization_config has embedding_bits {config.embedding_bits!r} (4, 8 or 16) and layers of "
             f"type {type(config.layers).__name__} (an object)"
         )
+    use_linear_experts(model)
     for name, values in config.layers.items():
         spec = LayerSpec.from_dict(values)
         try:
@@ -110,21 +112,21 @@ def swap_modules(model: PreTrainedModel, config: OnebitQuantizationConfig) -> No
             )
         with module.weight.device:
             replace_module(model, name, build_layer(spec))
-    if config.embedding_bits == 8:
-        swap_embedding(model)
+    if config.embedding_bits < 16:
+        swap_embedding(model, config.embedding_bits)
 
 
-def swap_embedding(model: PreTrainedModel) -> QuantizedEmbedding:
-    """Put an empty 8-bit embedding in place, and a tied head where the model ties them; return the embedding.
+def swap_embedding(model: PreTrainedModel, bits: int) -> QuantizedEmbedding:
+    """Put an empty embedding of 8 or 4 bits in place, and a tied head where the model ties them; return the embedding.
 
     Raises:
         CorruptArtifact: the model's embedding is more than a table (it also scales, say).
     """
     table = model.get_input_embeddings()
     if type(table) is not nn.Embedding:
-        raise CorruptArtifact(f"config.json: embedding_bits 8, but the embedding is a {type(table).__name__}")
+        raise CorruptArtifact(f"config.json: embedding_bits {bits}, but the embedding is a {type(table).__name__}")
     with table.weight.device:
-        embedding = QuantizedEmbedding(table.num_embeddings, table.embedding_dim)
+        embedding = EMBEDDINGS[bits](table.num_embeddings, table.embedding_dim)
     model.set_input_embeddings(embedding)
     if ties_embedding(model):
         model.set_output_embeddings(TiedHead(embedding))

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import onebit_core
@@ -27,18 +26,17 @@ from onebit_core.artifact.manifest import (
     MANIFEST_FILE,
     PARTS,
     REPORT_FILE,
-    WEIGHTS_FILE,
     BitsInfo,
     Manifest,
     Report,
     SourceInfo,
 )
-from onebit_core.artifact.reader import check_tensors, weights_sha256
+from onebit_core.artifact.reader import check_tensors
 from onebit_core.artifact.registration import OnebitQuantizationConfig, swap_embedding, ties_embedding
+from onebit_core.artifact.weight_files import save_weights, stored_tensors, weights_sha256
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ArtifactError, CorruptArtifact, first_line
-from onebit_core.layers import GroupedIntLinear, QuantizedEmbedding, QuantizedLinear
-from onebit_core.layers.grid import min_max_grid
+from onebit_core.layers import EMBEDDINGS, QuantizedLinear, quantize_table
 from onebit_core.model.loading import OriginalModel
 
 
@@ -53,7 +51,9 @@ class ArtifactDraft:
         nominal_bits: what the method's paper would advertise.
         calibration: as it goes into the manifest.
         reconstruction: as it goes into the manifest.
-        embedding_bits: 8 or 16.
+        allocation: likewise.
+        rotation: likewise.
+        embedding_bits: 4, 8 or 16.
         layers: module path to packed layer.
         report: measured while quantizing.
     """
@@ -64,6 +64,8 @@ class ArtifactDraft:
     nominal_bits: float
     calibration: dict[str, Any]
     reconstruction: dict[str, Any]
+    allocation: dict[str, Any]
+    rotation: str
     embedding_bits: int
     layers: Mapping[str, QuantizedLinear]
     report: Report
@@ -84,8 +86,7 @@ def write_artifact(original: OriginalModel, draft: ArtifactDraft, out: Path) -> 
     with _temporary_folder(out) as folder:
         stored = dict(draft.layers)
         tensors, parts = _collect(original, draft, stored)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / WEIGHTS_FILE).chmod(0o644)
+        save_weights(folder, tensors)
         _write_config(original, draft, stored, folder)
         manifest = _manifest(original, draft, parts, folder)
         _write_json(folder / MANIFEST_FILE, manifest)
@@ -138,12 +139,12 @@ def utc_now() -> str:
 def _collect(
     original: OriginalModel, draft: ArtifactDraft, layers: dict[str, QuantizedLinear]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return all tensors to write, and bytes by part; an 8-bit head is added to `layers`."""
+    """Return all tensors to write, and bytes by part; an untied quantized head is added to `layers`."""
     tensors: dict[str, Tensor] = {}
     parts = dict.fromkeys(PARTS, 0)
     embedding_prefixes = _embedding_prefixes(original)
-    if draft.embedding_bits == 8:
-        for name, tensor in _quantize_embedding(original, layers):
+    if draft.embedding_bits < 16:
+        for name, tensor in _quantize_embedding(original, draft.embedding_bits, layers):
             tensors[name] = tensor
             parts["embedding"] += tensor.nbytes
     for path, layer in layers.items():
@@ -169,8 +170,10 @@ def _embedding_prefixes(original: OriginalModel) -> list[str]:
     return [name for name, module in original.model.named_modules() if any(module is end for end in ends)]
 
 
-def _quantize_embedding(original: OriginalModel, layers: dict[str, QuantizedLinear]) -> Iterator[tuple[str, Tensor]]:
-    """Replace the embedding by its 8-bit form and yield its tensors; an untied head becomes one of `layers`."""
+def _quantize_embedding(
+    original: OriginalModel, bits: int, layers: dict[str, QuantizedLinear]
+) -> Iterator[tuple[str, Tensor]]:
+    """Replace the embedding by its form of few bits and yield its tensors; an untied head becomes one of `layers`."""
     model = original.model
     table = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is table)
@@ -179,15 +182,12 @@ def _quantize_embedding(original: OriginalModel, layers: dict[str, QuantizedLine
     if not ties_embedding(model):
         head = model.get_output_embeddings()
         head_name = next(path for path, module in model.named_modules() if module is head)
-        head_VD = original.store.tensor(original.stored_name(f"{head_name}.weight")).float()
-        grid = min_max_grid(head_VD, 8)
-        codes = grid.quantize(head_VD).to(torch.int32)
-        layer = GroupedIntLinear.from_codes(codes, grid.scale_O[:, None], grid.zero_O[:, None].to(torch.int32), 8)
+        layer = quantize_table(original.store.tensor(original.stored_name(f"{head_name}.weight")), bits)
         if head.bias is not None:
             layer.set_bias(torch.empty(layer.out_features))  # read from the original's file with the others
         layers[head_name] = layer
-    swap_embedding(model)
-    filled = QuantizedEmbedding(*weight_VD.shape)
+    swap_embedding(model, bits)
+    filled = EMBEDDINGS[bits](*weight_VD.shape)
     filled.fill(weight_VD)
     for child, tensor in filled.state_dict().items():
         yield f"{name}.{child}", tensor
@@ -229,6 +229,8 @@ def _manifest(original: OriginalModel, draft: ArtifactDraft, parts: dict[str, in
         ),
         calibration=draft.calibration,
         reconstruction=draft.reconstruction,
+        allocation=draft.allocation,
+        rotation=draft.rotation,
         versions=current_versions(),
         created=utc_now(),
         bits=BitsInfo(
@@ -244,7 +246,7 @@ def _manifest(original: OriginalModel, draft: ArtifactDraft, parts: dict[str, in
 def _read_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Check that the folder is a valid artifact and holds exactly what was meant."""
     check_tensors(folder)
-    for name, tensor in load_file(folder / WEIGHTS_FILE).items():
+    for name, tensor in stored_tensors(folder):
         if not torch.equal(tensor, tensors[name].cpu()):
             raise CorruptArtifact(f"{folder}: tensor {name!r} reads back differently; the disk may be faulty")
 

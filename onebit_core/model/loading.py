@@ -8,6 +8,7 @@ whole model, for evaluation.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from onebit_core.errors import ModelNotFound, NotEnoughMemory, UnsupportedModel, first_line
 from onebit_core.model.blocks import BlockLayout, blocks_of, layout_of
+from onebit_core.model.experts import use_linear_experts
 from onebit_core.model.gguf import convert_gguf
 from onebit_core.model.weights import WeightStore
 
@@ -51,6 +53,7 @@ class OriginalModel:
         self._tied = set(self.model.all_tied_weights_keys)
         named = self.model.named_parameters()
         self.num_parameters = sum(tensor.numel() for name, tensor in named if name not in self._tied)
+        self._check_shapes()
 
     def _skeleton(self) -> PreTrainedModel:
         """Build the model without weights; an error names the folder."""
@@ -59,17 +62,36 @@ class OriginalModel:
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{self.folder}: {error}") from error
 
-    def load_outer(self, device: str) -> None:
-        """Read everything outside of the blocks (embedding, final norm, head), as float32."""
+    def outer_parameters(self, *, head: bool) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield name and parameter of everything outside of the blocks (embedding, final norm), tied ones once.
+
+        Args:
+            head: whether the output head, which only logits need, is among them.
+        """
+        inner = f"{self.model.base_model_prefix}."
         for name, parameter in list(self.model.named_parameters()):
             outside = not name.startswith(f"{self.layout.blocks}.") and name not in self._tied
-            if outside and parameter.is_meta:
+            if outside and (head or name.startswith(inner)):
+                yield name, parameter
+
+    def load_outer(self, device: str, *, head: bool = True) -> None:
+        """Read everything outside of the blocks, as float32; without the head the model gives no logits."""
+        for name, parameter in self.outer_parameters(head=head):
+            if parameter.is_meta:
                 self._assign(self.model, name, self.stored_name(name), device)
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
             if not name.startswith(f"{self.layout.blocks}."):
                 module_name, _, child = name.rpartition(".")
                 self.model.get_submodule(module_name)._buffers[child] = buffer.to(device)
+        self.store.release()
+
+    def release_outer(self) -> None:
+        """Forget the weights outside of the blocks."""
+        for name, parameter in self.outer_parameters(head=True):
+            module_name, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(module_name), child, nn.Parameter(parameter.to("meta"), False))  # noqa: FBT003
+        self.model.tie_weights()
 
     def load_block(self, index: int, device: str) -> nn.Module:
         """Read one block, as float32."""
@@ -77,6 +99,7 @@ class OriginalModel:
         for name, parameter in list(block.named_parameters()):
             if parameter.is_meta:
                 self._assign(block, name, self.stored_name(f"{self.layout.blocks}.{index}.{name}"), device)
+        self.store.release()
         return block.to(device)
 
     def release_block(self, index: int) -> None:
@@ -94,18 +117,24 @@ class OriginalModel:
                 return candidate
         return name
 
+    def _check_shapes(self) -> None:
+        """Compare every weight's shape on disk with the model's, before hours of work go into one that is wrong."""
+        for name, parameter in self.model.named_parameters():
+            if name in self._tied:
+                continue
+            stored_name = self.stored_name(name)
+            shape = self.store.shape(stored_name)
+            if shape != tuple(parameter.shape):
+                raise UnsupportedModel(
+                    f"{self.folder}: tensor {stored_name!r} has shape {list(shape)}, "
+                    f"but config.json asks for {list(parameter.shape)}"
+                )
+
     def _assign(self, root: nn.Module, name: str, stored_name: str, device: str) -> None:
         tensor = self.store.tensor(stored_name)
         module_name, _, child = name.rpartition(".")
-        module = root.get_submodule(module_name)
-        expected = getattr(module, child).shape
-        if tensor.shape != expected:
-            raise UnsupportedModel(
-                f"{self.folder}: tensor {stored_name!r} has shape {list(tensor.shape)}, "
-                f"but config.json asks for {list(expected)}"
-            )
         parameter = nn.Parameter(tensor.to(device=device, dtype=torch.float32), requires_grad=False)
-        setattr(module, child, parameter)
+        setattr(root.get_submodule(module_name), child, parameter)
 
 
 def open_original(name: str) -> OriginalModel:
@@ -113,7 +142,7 @@ def open_original(name: str) -> OriginalModel:
 
     Raises:
         ModelNotFound: no such folder, file or hub id.
-        UnsupportedModel: an unknown architecture, or no safetensors weights.
+        UnsupportedModel: an unknown architecture, no safetensors weights, or a tensor missing or misshapen.
     """
     return OriginalModel(name, find_folder(name))
 
@@ -241,6 +270,7 @@ def build_skeleton(config: Any) -> PreTrainedModel:
             raise NotEnoughMemory(reason) from error
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UnsupportedModel(f"config.json: transformers cannot build a model of its values ({reason})") from error
+    use_linear_experts(model)
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model

@@ -7,21 +7,24 @@ known method, known settings and values of the right type.
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from onebit_core.calibration.sources import BUILTIN, BUILTIN_HELDOUT
-from onebit_core.errors import ConfigError
+from onebit_core.calibration.overlap import overlapping_sources
+from onebit_core.calibration.sources import BUILTIN_TEXTS, SELF, join_source, source_files, split_source
+from onebit_core.errors import CalibrationError, ConfigError
 from service.errors import BadRequest, Conflict
 from service.jobs.types import Evaluation, JobSpec
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from onebit_core.pipeline.config import QuantizeConfig
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 TEXT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-BUILTIN_TEXTS = (BUILTIN, BUILTIN_HELDOUT)
 
 INSIDE = "an existing path inside job_sources or artifact_root, where relative paths are looked up"
 
@@ -33,6 +36,8 @@ class Submission:
     Attributes:
         calibration: fields of the core's CalibrationConfig; left out ones take its defaults.
         reconstruction: fields of the core's ReconstructionConfig, likewise.
+        bits: average true bits a weight to spread over layers; None gives all the same settings.
+        rotation: off, auto or all.
         name: of the model and its folder; None makes one from model and method.
     """
 
@@ -41,6 +46,8 @@ class Submission:
     settings: Mapping[str, Any]
     calibration: Mapping[str, Any]
     reconstruction: Mapping[str, Any]
+    bits: float | None
+    rotation: str
     embedding_bits: int
     name: str | None
     evaluation: Evaluation | None
@@ -63,12 +70,16 @@ def plan_job(submission: Submission, settings: Settings) -> JobSpec:
     artifact = settings.artifact_root.resolve() / name
     if artifact.exists() or artifact.is_symlink():
         raise Conflict(f"an artifact named {name!r} exists already; choose another name", param="name")
+    config = _configuration(submission, model, name, settings)
+    evaluation = _resolve_evaluation(submission.evaluation, settings)
+    if evaluation is not None and config.is_calibrated:
+        _refuse_overlap(config.calibration.text, evaluation.texts)
     return JobSpec(
         name=name,
         artifact=str(artifact),
         folder=str(settings.jobs_folder / uuid.uuid4().hex),
-        config=_configuration(submission, model, name, settings),
-        evaluation=_resolve_evaluation(submission.evaluation, settings),
+        config=config.to_dict(),
+        evaluation=evaluation,
         load=submission.load,
     )
 
@@ -89,17 +100,28 @@ def resolve_model(model: str, settings: Settings) -> str:
 
 
 def resolve_text(text: str, settings: Settings, param: str) -> str:
-    """Return a text's real path, or the name of a built-in text.
+    """Return a text's real path, with its column if it has one, or the name of a built-in text.
+
+    What stands behind the last # is taken off before the path is looked up and put back as the core reads it, so the
+    path that is checked here is the path that is opened there; so is every file that a folder is read from.
 
     Raises:
-        BadRequest: it is neither.
+        BadRequest: it is neither, a link in the folder leads out of the open folders, or there is no text in it.
     """
     if text in BUILTIN_TEXTS:
         return text
-    path = _open_path(text, settings)
-    if path is None:
+    name, column = split_source(text)
+    path = _open_path(name, settings)
+    if path is None or not (column or "").isprintable():
         raise BadRequest(f"{param} must be {INSIDE}", param=param)
-    return str(path)
+    source = join_source(str(path), column)
+    try:
+        files = source_files(source)
+    except CalibrationError as error:
+        raise BadRequest(f"{param}: {error}", param=param) from None
+    if any(_open_path(str(file), settings) is None for file in files):
+        raise BadRequest(f"{param} must be {INSIDE}, and so must what links in it lead to", param=param)
+    return source
 
 
 def _open_path(text: str, settings: Settings) -> Path | None:
@@ -117,8 +139,8 @@ def _open_path(text: str, settings: Settings) -> Path | None:
     return None
 
 
-def _configuration(submission: Submission, model: str, name: str, settings: Settings) -> dict[str, Any]:
-    """Build the core's configuration, which checks it, and return its plain values."""
+def _configuration(submission: Submission, model: str, name: str, settings: Settings) -> "QuantizeConfig":
+    """Build the core's configuration, which checks it."""
     from onebit_core.methods import METHODS  # imports torch: only when a job is submitted
     from onebit_core.pipeline.config import QuantizeConfig
 
@@ -126,19 +148,23 @@ def _configuration(submission: Submission, model: str, name: str, settings: Sett
         raise BadRequest(f"unknown method; known: {', '.join(METHODS)}", param="method")
     calibration = dict(submission.calibration)
     if calibration.get("text"):
-        calibration["text"] = [resolve_text(text, settings, "calibration.text") for text in calibration["text"]]
+        calibration["text"] = [
+            text if text == SELF else resolve_text(text, settings, "calibration.text") for text in calibration["text"]
+        ]
     values = {
         "model": model,
         "method": submission.method,
         "settings": dict(submission.settings),
         "calibration": calibration,
         "reconstruction": dict(submission.reconstruction),
+        "bits": submission.bits,
+        "rotation": submission.rotation,
         "embedding_bits": submission.embedding_bits,
         "name": name,
         "device": settings.device,
     }
     try:
-        return QuantizeConfig.from_dict(values).to_dict()
+        return QuantizeConfig.from_dict(values)
     except ConfigError as error:
         named = [part for part in ("calibration", "reconstruction") if part in str(error).lower()]
         param = named[0] if named else "settings"
@@ -154,6 +180,16 @@ def _resolve_evaluation(evaluation: Evaluation | None, settings: Settings) -> Ev
             raise BadRequest("names of texts may only have letters, digits and . _ -", param="evaluate.texts")
     texts = {name: resolve_text(file, settings, "evaluate.texts") for name, file in evaluation.texts.items()}
     return Evaluation(texts=texts, windows=evaluation.windows, window_tokens=evaluation.window_tokens)
+
+
+def _refuse_overlap(calibration: Sequence[str], texts: Mapping[str, str]) -> None:
+    """Refuse to measure a model on what it is calibrated on."""
+    for name, text in texts.items():
+        if overlapping_sources(calibration, [text]):
+            raise BadRequest(
+                f"evaluate.texts: {name} is also calibrated on, so it would measure nothing; name another text",
+                param="evaluate.texts",
+            )
 
 
 def _name_for(submission: Submission) -> str:

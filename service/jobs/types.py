@@ -91,7 +91,7 @@ class Progress:
     """How far a job is; published as a DBOS event.
 
     Attributes:
-        stage: load, calibrate, quantize, distill, write or evaluate.
+        stage: load, write text, calibrate, quantize, distill, write or evaluate.
         blocks_completed: decoder blocks done.
         blocks: decoder blocks in all; 0 before they are counted.
         relative_error: of the block just done, where the method reports one.

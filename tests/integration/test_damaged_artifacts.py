@@ -113,7 +113,7 @@ def test_an_unknown_layer_is_refused(artifact):
     ("change", "message"),
     [
         ({"layers": ["a"]}, "layers of type list"),
-        ({"embedding_bits": 4}, "embedding_bits 4"),
+        ({"embedding_bits": 5}, "embedding_bits 5"),
         ({"format_version": "1"}, "config.json"),
         ({"layers": {"model.embed_tokens": {"format": "sign", "in_features": 64, "out_features": 320}}}, "Embedding"),
         ({"layers": {SIGNS.removesuffix(".signs"): {"format": "sign", "in_features": 64, "out_features": 128,

@@ -8,6 +8,7 @@ from service.engine.types import EngineConfig
 from tests.support.backends import backends_on
 from tests.support.inline_engine import InlineEngine, greedy
 from tests.support.quantized import quantize_tiny
+from tests.support.tiny_model import save_tiny_model
 
 ON_CPU = [pytest.param("cpu", *backend.values, marks=backend.marks) for backend in backends_on("cpu")]
 ON_CUDA = [
@@ -15,10 +16,23 @@ ON_CUDA = [
 ]
 
 
+@pytest.mark.parametrize("embedding_bits", [4, 8])
 @pytest.mark.parametrize(("device", "backend"), [*ON_CPU, *ON_CUDA])
-def test_sixteen_prompts_together_equal_generate(tiny_llama, tmp_path, device, backend):
-    """Token for token, greedy, float32, mixed lengths, with 8-bit embedding and head."""
-    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "pb_llm", embedding_bits=8)
+def test_sixteen_prompts_together_equal_generate(tiny_llama, tmp_path, device, backend, embedding_bits):
+    """Token for token, greedy, float32, mixed lengths, with embedding and head in few bits."""
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "pb_llm", embedding_bits=embedding_bits)
+    assert_serves_what_generate_gives(artifact, device, backend)
+
+
+@pytest.mark.parametrize(("device", "backend"), [*ON_CPU, *ON_CUDA])
+def test_a_mixture_of_experts_is_served_from_its_bits(tmp_path, device, backend):
+    """Sixteen prompts share a step, and the router sends their tokens to different experts: no token changes."""
+    folder = save_tiny_model(tmp_path / "model", architecture="qwen3_moe")
+    artifact = quantize_tiny(folder, tmp_path / "artifact", "gptq")
+    assert_serves_what_generate_gives(artifact, device, backend)
+
+
+def assert_serves_what_generate_gives(artifact, device, backend):
     prompts = [list(range(5, 8 + 3 * index)) for index in range(16)]
     model = load_model(artifact, device=device, dtype="float32", backend=backend).model
     loader = EngineConfig(artifact=str(artifact)).loader

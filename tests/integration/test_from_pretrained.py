@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,10 +14,11 @@ from tests.support.quantized import quantize_tiny
 IDS = torch.arange(5, 25)[None]
 
 
-def test_from_pretrained_gives_the_same_model(tiny_llama, tmp_path):
+@pytest.mark.parametrize("embedding_bits", [4, 8])
+def test_from_pretrained_gives_the_same_model(tiny_llama, tmp_path, embedding_bits):
     """No missing or unexpected keys, equal logits, scales stay float16 under bfloat16, the tokenizer is there."""
     assert onebit_core.hf.registration.QUANT_METHOD == "onebit"
-    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "pb_llm", embedding_bits=8)
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", "pb_llm", embedding_bits=embedding_bits)
     model, info = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

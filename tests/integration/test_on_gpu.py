@@ -25,11 +25,12 @@ def test_quantizing_on_the_gpu_gives_the_same_kind_of_model(tiny_llama, tmp_path
         assert one.weight_error == pytest.approx(other.weight_error, rel=0.1, abs=1e-3)
 
 
+@pytest.mark.parametrize("embedding_bits", [4, 8])
 @pytest.mark.parametrize("backend", backends_on("cuda"))
 @pytest.mark.parametrize("method", METHODS)
-def test_logits_agree_between_devices(tiny_llama, tmp_path, method, backend):
+def test_logits_agree_between_devices(tiny_llama, tmp_path, method, backend, embedding_bits):
     """A packed model on the GPU computes what the reference computes on the CPU."""
-    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", method, embedding_bits=8)
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", method, embedding_bits=embedding_bits)
     on_cpu = load_model(artifact, backend="reference", dtype="float32").model(IDS).logits
     on_gpu = load_model(artifact, backend=backend, dtype="float32", device="cuda").model(IDS.cuda()).logits
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)

@@ -16,7 +16,14 @@ MAX_PATH_CHARACTERS = 4096
 class CalibrationBody(StrictBody):
     """Which text to calibrate on, and how much of it; what is left out takes the core's default."""
 
-    text: list[Text] | None = Field(default=None, max_length=64, description="Files inside job_sources.")
+    text: list[Text] | None = Field(
+        default=None,
+        max_length=64,
+        description="Files or folders inside job_sources, each with #COLUMN if need be; builtin:python; self:.",
+    )
+    weights: list[float] | None = Field(
+        default=None, max_length=64, description="Shares of the texts, in their order; by default equal."
+    )
     samples: int | None = Field(default=None, ge=1, le=65536, description="Windows of text.")
     tokens: int | None = Field(default=None, ge=2, le=65536, description="Tokens in a window.")
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
@@ -50,7 +57,11 @@ class ReconstructionBody(StrictBody):
 class EvaluateBody(StrictBody):
     """What to measure once the artifact is written."""
 
-    texts: dict[str, Text] = Field(min_length=1, max_length=16, description="Name to file inside job_sources.")
+    texts: dict[str, Text] = Field(
+        min_length=1,
+        max_length=16,
+        description="Name to file or folder inside job_sources, with #COLUMN if need be.",
+    )
     windows: int = Field(default=60, ge=1, le=1 << 20)
     window_tokens: int = Field(default=2048, ge=2, le=1 << 20)
 
@@ -63,7 +74,13 @@ class QuantizeBody(StrictBody):
     settings: dict[str, Any] = Field(default={}, description="The method's settings; see docs/methods.")
     calibration: CalibrationBody = CalibrationBody()
     reconstruction: ReconstructionBody = ReconstructionBody()
-    embedding_bits: Literal[8, 16] = 16
+    bits: float | None = Field(
+        default=None, gt=0, le=16, description="Average true bits a weight, spread over layers by sensitivity."
+    )
+    rotation: Literal["off", "auto", "all"] = Field(
+        default="off", description="Quantize linears behind a rotation of their inputs: none, where it helps, all."
+    )
+    embedding_bits: Literal[4, 8, 16] = 16
     name: str | None = Field(
         default=None, description="Name of the model and its folder; by default made from model and method."
     )
@@ -85,6 +102,8 @@ class QuantizeBody(StrictBody):
             settings=self.settings,
             calibration=self.calibration.values(),
             reconstruction=self.reconstruction.values(),
+            bits=self.bits,
+            rotation=self.rotation,
             embedding_bits=self.embedding_bits,
             name=self.name,
             evaluation=evaluation,
@@ -108,7 +127,7 @@ class JobAnswer(StrictBody):
     method: str
     model: str
     name: str
-    stage: str | None = Field(description="load, calibrate, quantize, write, evaluate or serve.")
+    stage: str | None = Field(description="load, write text, calibrate, quantize, distill, write, evaluate or serve.")
     blocks_completed: int
     blocks: int
     relative_error: float | None = Field(description="Of the block just done.")

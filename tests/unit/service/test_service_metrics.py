@@ -1,5 +1,6 @@
 """Metrics: the promised names, series that come and go with their model, a page promtool accepts."""
 
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -60,6 +61,25 @@ def test_every_promised_metric_is_on_the_page(loaded):
     page = loaded.page().decode()
     missing = [name for name in PROMISED if f"# TYPE {name} " not in page]
     assert missing == []
+
+
+def test_the_experts_of_a_block_are_one_series(loaded):
+    """A mixture has thousands of linears; their mean squared error is what one line can say."""
+    report = paper_report()
+    layer = report.layers[0]
+    experts = tuple(
+        dataclasses.replace(
+            layer, name=f"model.layers.0.mlp.experts.{number}.up_proj", projection="up_proj", weight_error=error
+        )
+        for number, error in enumerate((0.02, 0.06))
+    )
+    loaded.artifact.start_series("mixture", paper_manifest(), dataclasses.replace(report, layers=experts))
+    labels = {"model": "mixture", "layer": "model.layers.0.mlp.experts.*.up_proj", "projection": "up_proj"}
+    found = loaded.registry.get_sample_value(
+        "onebit_artifact_layer_relative_error_ratio", {**labels, "space": "weight"}
+    )
+    assert found == pytest.approx(math.sqrt(0.04))
+    assert "experts.0" not in loaded.page().decode()
 
 
 def test_counters_start_at_zero(loaded):

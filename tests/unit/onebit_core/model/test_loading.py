@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from onebit_core.errors import ModelNotFound, UnsupportedModel
-from onebit_core.model.blocks import LAYOUTS, blocks_of, linear_of
+from onebit_core.model.blocks import LAYOUTS, blocks_of, linear_names, linear_of
 from onebit_core.model.loading import build_skeleton, find_folder, load_original, open_original
 
 SIZES = {
@@ -34,8 +34,8 @@ def test_every_supported_architecture_builds_and_has_its_linears(architecture):
     skeleton = build_skeleton(getattr(transformers, architecture).config_class(**SIZES))
     assert type(skeleton).__name__ == architecture
     layout = LAYOUTS[architecture]
-    named = {name for group in layout.groups for name in group}
     block = blocks_of(skeleton, layout)[0]
+    named = set(linear_names(block, layout))
     assert all(linear_of(block, name).in_features for name in named)
     assert named == {name for name, module in block.named_modules() if type(module) is torch.nn.Linear}
 

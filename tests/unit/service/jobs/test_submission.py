@@ -1,7 +1,10 @@
 """What a job may be asked for: open folders, known methods, plain names."""
 
+import json
+
 import pytest
 
+from onebit_core.calibration.sources import source_files
 from service.errors import BadRequest, Conflict
 from service.jobs.submission import Submission, plan_job, resolve_model, resolve_text
 from service.jobs.types import Evaluation, JobSpec
@@ -25,6 +28,7 @@ def submission(**changes):
         "settings": {},
         "calibration": {},
         "reconstruction": {},
+        "bits": None,
         "embedding_bits": 16,
         "name": "small",
         "evaluation": None,
@@ -93,6 +97,93 @@ def test_hub_ids_need_leave(settings):
     for bad in ("org/../x", "https://hub/org/model", "org/model/extra", "-x/y", "org/"):
         with pytest.raises(BadRequest):
             resolve_model(bad, opened)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "link#text",
+        "link/key.txt#text",
+        "link/key.txt#",
+        "../secret/key.txt#text",
+        "news.txt#/../../secret/key.txt",
+        "news.txt#text/../../secret/key.txt",
+        "news.txt#a\nb",
+        "news.txt#a\x00b",
+        "#text",
+        "#",
+        "self:",
+        "self:#text",
+        "self:/../../secret/key.txt",
+        "builtin:python#text",
+        "out",
+        "out#text",
+        "saved",
+        "marked#key.txt",
+        "marked#key.txt#",
+        "marked#key.txt#text",
+    ],
+)
+def test_a_column_does_not_lead_out_of_the_open_folders(settings, tmp_path, text):
+    """Nor does a link in a folder, a file that a data set's state names, or a name with a # in it."""
+    sources = tmp_path / "sources"
+    for name in ("out", "saved"):
+        (sources / name).mkdir()
+    (sources / "out/inner.txt").symlink_to(tmp_path / "secret/key.txt")
+    (sources / "saved/x.arrow").symlink_to(tmp_path / "secret/key.txt")
+    (sources / "saved/state.json").write_text(json.dumps({"_data_files": [{"filename": "../../secret/x.arrow"}]}))
+    (sources / "marked#key.txt").symlink_to(tmp_path / "secret/key.txt")
+    with pytest.raises(BadRequest) as refused:
+        resolve_text(text, settings, "evaluate.texts")
+    assert str(tmp_path / "secret") not in refused.value.message
+
+
+def test_what_is_checked_is_what_is_opened(settings, tmp_path):
+    """The core finds in the resolved source the very path that was checked, and the column."""
+    sources = tmp_path / "sources"
+    (sources / "qa.jsonl").write_text('{"answer": "a"}')
+    (sources / "odd#name.txt").write_text("odd")
+    (sources / "plain.txt").symlink_to(sources / "odd#name.txt")
+    assert resolve_text("qa.jsonl#answer", settings, "x") == f"{sources}/qa.jsonl#answer"
+    for name in ("odd#name.txt#", "plain.txt"):
+        source = resolve_text(name, settings, "x")
+        assert source == f"{sources}/odd#name.txt#"
+        assert source_files(source) == [sources / "odd#name.txt"]
+
+
+def test_the_model_may_write_what_it_is_calibrated_on(settings):
+    """self: passes as calibration text, mixed with a file by weight."""
+    calibration = {"text": ["self:", "news.txt"], "weights": [3, 1]}
+    spec = plan_job(submission(method="gptq", calibration=calibration), settings)
+    assert spec.config["calibration"]["text"][0] == "self:"
+    assert spec.config["calibration"]["weights"] == [3.0, 1.0]
+    for weights in ([1], [1, 0], [1, -1]):
+        with pytest.raises(BadRequest, match="weights") as refused:
+            plan_job(submission(method="gptq", calibration={**calibration, "weights": weights}), settings)
+        assert refused.value.param == "calibration"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "text"),
+    [
+        ({"text": ["news.txt"]}, "news.txt"),
+        ({"text": ["self:", "news.txt"]}, "copy.md"),
+        ({"text": ["news"]}, "news/inner.txt"),
+        ({}, "builtin:python"),
+    ],
+)
+def test_a_model_is_not_measured_on_what_it_is_calibrated_on(settings, tmp_path, calibration, text):
+    """Same file, copy, file in the folder, or the default text; a method that does not calibrate may be."""
+    sources = tmp_path / "sources"
+    (sources / "copy.md").write_text("news")
+    (sources / "news").mkdir()
+    (sources / "news/inner.txt").write_text("inner")
+    job = {"calibration": calibration, "evaluation": Evaluation(texts={"t": text}, windows=1, window_tokens=2)}
+    for changes in ({"method": "gptq"}, {"method": "rtn", "reconstruction": {"preset": "light"}}):
+        with pytest.raises(BadRequest, match="t is also calibrated on") as refused:
+            plan_job(submission(**job, **changes), settings)
+        assert refused.value.param == "evaluate.texts"
+    assert plan_job(submission(**job, method="rtn"), settings)
 
 
 def test_built_in_texts_pass(settings):
