@@ -7,7 +7,7 @@ OnebitError
 │   ├── UnsupportedModel       an architecture without a row in model/blocks.py, or a foreign format
 │   ├── BadWeight              a weight is NaN or infinite
 │   └── NotEnoughMemory        the plan needs more memory than the machine has free
-├── CalibrationError       the text is missing, unreadable or too short
+├── CalibrationError       the text is missing, unreadable or too short, or its activations find no room on disk
 ├── EvaluationError        the evaluation text cannot be used
 ├── ArtifactError
 │   ├── UnsupportedFormat      written by a newer version, or not an artifact
@@ -50,7 +50,7 @@ class NotEnoughMemory(ModelError):
 
 
 class CalibrationError(OnebitError):
-    """The calibration text is missing, unreadable or too short."""
+    """The calibration text is missing, unreadable or too short, or there is no room for what it makes."""
 
 
 class EvaluationError(OnebitError):

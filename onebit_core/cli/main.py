@@ -17,6 +17,7 @@ from onebit_core.cli.inspect import inspect
 from onebit_core.cli.output import print_event
 from onebit_core.cli.quantize import methods, quantize
 from onebit_core.cli.tune import tune
+from onebit_core.cli.write_text import write_text
 from onebit_core.errors import Cancelled, OnebitError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(evaluate)
 app.command()(inspect)
 app.command()(methods)
 app.command()(tune)
+app.command()(write_text)
 
 
 def _show_version(value: bool) -> None:

@@ -13,8 +13,25 @@ from rich.console import Console
 from rich.table import Table
 
 from onebit_core.artifact.identity import read_manifest
+from onebit_core.cli.forecast import print_forecast
 from onebit_core.cli.output import ProgressMode, print_event, progress_watch
 from onebit_core.errors import ConfigError
+
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Text, JSON lines or Parquet file, folder, SOURCE#COLUMN, or self: (the model writes); repeat to mix. "
+        "Default: builtin:python.",
+    ),
+]
+CalibrationWeight = Annotated[
+    list[float] | None,
+    typer.Option(metavar="W", help="Share of each --calibration, in the same order. Default: equal shares."),
+]
+Bits = Annotated[
+    float | None, typer.Option(help="Average true bits a weight, spread over layers by measured sensitivity.")
+]
 
 
 def quantize(
@@ -24,25 +41,31 @@ def quantize(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Setting of the method; repeat for more.")
     ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="Text file, .jsonl or folder; repeat to mix. Default: builtin:python."),
-    ] = None,
+    calibration: Calibration = None,
+    calibration_weight: CalibrationWeight = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows in all. Default: 32.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per calibration window. Default: 1024.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the windows' places. Default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the windows. Default: 0.")] = None,
+    bits: Bits = None,
+    rotate: Annotated[
+        str | None, typer.Option(help="Rotate the inputs of linears: off (the default), auto (where it helps), all.")
+    ] = None,
     reconstruct: Annotated[
         str | None, typer.Option(metavar="PRESET", help="Train each block after quantizing it: off, light or full.")
     ] = None,
-    embedding_bits: Annotated[int | None, typer.Option(help="16 keeps embedding and head, 8 stores 8 bit.")] = None,
+    embedding_bits: Annotated[int | None, typer.Option(help="Of embedding and head: 4, 8 or 16 (as is).")] = None,
     name: Annotated[str | None, typer.Option(help="Model name to serve under. Default: model and method.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N, or auto (the default).")] = None,
+    activations: Annotated[str | None, typer.Option(help="Calibration samples in memory, on disk, or auto.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="JSON file with a whole configuration; flags given beside it win.")
     ] = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keep finished blocks here; a run with the same one continues.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it will give and take - bits, memory, time - and do nothing.")
+    ] = False,
     progress: Annotated[ProgressMode, typer.Option(help="How to show progress.")] = "auto",
 ) -> None:
     """Quantize MODEL with a method and write an artifact.
@@ -50,26 +73,23 @@ def quantize(
     Example: onebit quantize ./SmolLM2 --method gptq --set bits=3 --calibration news.txt --out ./SmolLM2-3bit
     """
     values = _read_config(config)
-    flags = {"model": model, "method": method, "embedding_bits": embedding_bits, "name": name, "device": device}
-    values.update({key: value for key, value in flags.items() if value is not None})
-    amounts = {"text": calibration, "samples": samples, "tokens": tokens, "seed": seed}
+    values.update(
+        _given(model=model, method=method, bits=bits, rotation=rotate, embedding_bits=embedding_bits, name=name)
+    )
+    values.update(_given(device=device, activations=activations))
+    amounts = _given(text=calibration, weights=calibration_weight, samples=samples, tokens=tokens, seed=seed)
     _merge(values, "settings", parse_settings(settings or []))
-    _merge(values, "reconstruction", {} if reconstruct is None else {"preset": reconstruct})
-    _merge(values, "calibration", {key: value for key, value in amounts.items() if value is not None})
+    _merge(values, "reconstruction", _given(preset=reconstruct))
+    _merge(values, "calibration", amounts)
     for key, where in (("model", "MODEL"), ("method", "--method")):
         if key not in values:
             raise ConfigError(f"{where} is missing; see onebit quantize --help")
-    if out is None:
+    if plan:
+        _show_plan(values, as_json=progress == "json")
+    elif out is None:
         raise ConfigError("--out is missing: name the folder to write")
-    from onebit_core.pipeline.config import QuantizeConfig
-    from onebit_core.pipeline.run import quantize_model
-
-    with progress_watch(progress) as watch:
-        quantize_model(QuantizeConfig.from_dict(values), out, watch=watch, work=work_dir)
-    if progress == "json":
-        print_event("result", artifact=str(out))
     else:
-        _print_result(out)
+        _run(values, out, work_dir, progress)
 
 
 def methods() -> None:
@@ -101,6 +121,11 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     return values
 
 
+def _given(**flags: Any) -> dict[str, Any]:
+    """Return the flags that were given."""
+    return {key: value for key, value in flags.items() if value is not None}
+
+
 def _merge(values: dict[str, Any], key: str, flags: dict[str, Any]) -> None:
     """Let flags win over a part of the configuration file."""
     part = values.setdefault(key, {})
@@ -122,6 +147,35 @@ def _read_config(file: Path | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected an object with named fields")
     return values
+
+
+def _run(values: dict[str, Any], out: Path, work_dir: Path | None, progress: ProgressMode) -> None:
+    """Quantize, and say what was written."""
+    from onebit_core.pipeline.config import QuantizeConfig
+    from onebit_core.pipeline.run import quantize_model
+
+    with progress_watch(progress) as watch:
+        quantize_model(QuantizeConfig.from_dict(values), out, watch=watch, work=work_dir)
+    if progress == "json":
+        print_event("result", artifact=str(out))
+    else:
+        _print_result(out)
+
+
+def _show_plan(values: dict[str, Any], *, as_json: bool) -> None:
+    """Check a configuration and print what it would give and take."""
+    from onebit_core.model.loading import open_original
+    from onebit_core.pipeline.config import QuantizeConfig
+    from onebit_core.pipeline.forecast import forecast
+    from onebit_core.pipeline.plan import make_plan
+
+    config = QuantizeConfig.from_dict(values)
+    original = open_original(config.model)
+    found = forecast(original, make_plan(original, config), config)
+    if as_json:
+        print_event("plan", **dataclasses.asdict(found))
+    else:
+        print_forecast(Console(), found)
 
 
 def _print_result(out: Path) -> None:

@@ -17,14 +17,16 @@ class CalibrationConfig(StrictConfig):
     """What the model is calibrated on.
 
     Attributes:
-        text: sources (onebit_core.calibration.sources); several are mixed in equal shares.
+        text: sources (onebit_core.calibration.sources), each once; several are mixed.
+        weights: of the sources, in their order: their shares of the windows; none for equal shares.
         samples: windows in all.
         tokens: tokens per window.
-        seed: of the windows' places, 0 to 2**63 - 1.
+        seed: of the windows' places, and of text that the model writes; 0 to 2**63 - 1.
         first_token_weight: how much the first token of a window counts in the statistics of attention's inputs.
     """
 
     text: tuple[str, ...] = (BUILTIN,)
+    weights: tuple[float, ...] = ()
     samples: int = 32
     tokens: int = 1024
     seed: int = 0
@@ -33,6 +35,16 @@ class CalibrationConfig(StrictConfig):
     def __post_init__(self) -> None:
         if not self.text:
             raise ConfigError("calibration.text: name at least one text")
+        for source in self.text:
+            if self.text.count(source) > 1:
+                raise ConfigError(f"calibration.text: {source} is named twice; give it a larger weight instead")
+        if self.weights and len(self.weights) != len(self.text):
+            raise ConfigError(
+                f"calibration.weights: {len(self.weights)} weights for {len(self.text)} texts; "
+                "give each text one, in the same order, or none"
+            )
+        if any(weight <= 0 for weight in self.weights):
+            raise ConfigError(f"calibration.weights {list(self.weights)}: each must be positive")
         if self.samples < 1 or self.tokens < 2:
             raise ConfigError(
                 f"calibration: {self.samples} samples of {self.tokens} tokens; at least 1 sample of 2 tokens is needed"
@@ -52,24 +64,35 @@ class QuantizeConfig(StrictConfig):
         method: name in METHODS.
         settings: the method's settings; missing ones take the method's defaults, which are written out here.
         calibration: text and amounts.
+        bits: average true bits of the quantized linears, spread over them by measured sensitivity; None gives all
+            the same settings.
+        rotation: whether linears are quantized behind a rotation of their inputs: none, those that lose less with it
+            (which takes twice as long to decide), or all.
         reconstruction: training of each block against the original's, off by default.
-        embedding_bits: 16 keeps embedding and head as they are, 8 stores them in 8 bit.
+        embedding_bits: 16 keeps embedding and head as they are, 8 and 4 store them in so many bits.
         name: model name to serve under; default: made from model and method.
         device: cpu, cuda, cuda:N, or auto.
+        activations: where calibration samples are between two blocks: memory, disk, or auto: on disk where the plan
+            needs more memory than is free. The result is the same, bit for bit.
     """
 
     model: str
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    bits: float | None = None
+    rotation: Literal["off", "auto", "all"] = "off"
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    embedding_bits: Literal[8, 16] = 16
+    embedding_bits: Literal[4, 8, 16] = 16
     name: str | None = None
     device: str = "auto"
+    activations: Literal["auto", "memory", "disk"] = "auto"
 
     def __post_init__(self) -> None:
         complete = self.method_settings().to_dict()
         object.__setattr__(self, "settings", complete)
+        if self.bits is not None and not 0 < self.bits <= 16:
+            raise ConfigError(f"bits {self.bits}: an average of true bits a weight, above 0 and up to 16")
 
     def method_settings(self) -> StrictConfig:
         """Return the settings as the method's own class.
@@ -79,8 +102,14 @@ class QuantizeConfig(StrictConfig):
         """
         return method_named(self.method).config.from_dict(self.settings)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether inputs are recorded, so that calibration text is read."""
+        needs_statistics = method_named(self.method).needs_statistics(self.method_settings())
+        return needs_statistics or self.reconstruction.enabled or self.bits is not None
+
     def fingerprint(self) -> str:
-        """Return a hash of what decides the result (not of name and device)."""
+        """Return a hash of what decides the result (not of name, device and place of the activations)."""
         values = self.to_dict()
-        del values["name"], values["device"]
+        del values["name"], values["device"], values["activations"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

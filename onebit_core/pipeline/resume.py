@@ -1,6 +1,7 @@
 """Finished blocks on disk: a run that was stopped continues after the last one.
 
     WORK/run.json                fingerprints of configuration, original and calibration tokens
+    WORK/written.safetensors     calibration windows that the original wrote itself, if it did
     WORK/block_0007.safetensors  packed tensors of block 7; its metadata holds specs and reports
 
 A block file appears at once (written beside, renamed) and only when its block is complete. The activations are not
@@ -13,12 +14,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from onebit_core.artifact.manifest import LayerReport
 from onebit_core.errors import ArtifactError, ConfigError, CorruptArtifact, first_line
 from onebit_core.layers import LayerSpec, QuantizedLinear, build_layer
 
 RUN_FILE = "run.json"
+WRITTEN_FILE = "written.safetensors"
 
 BlockResult = dict[str, tuple[QuantizedLinear, LayerReport]]
 """Linear name inside the block to its packed layer and report."""
@@ -104,3 +107,48 @@ class WorkFolder:
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block_{index:04d}.safetensors"
+
+
+def save_written(folder: Path, ids_ST: Tensor, key: str) -> None:
+    """Keep calibration windows that the original wrote.
+
+    Args:
+        folder: the work folder; made if missing.
+        ids_ST: the windows.
+        key: what they depend on.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    temporary = (folder / WRITTEN_FILE).with_suffix(".writing")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"ids": ids_ST.contiguous()}, temporary, metadata={"key": key})
+        temporary.replace(folder / WRITTEN_FILE)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtifactError(f"{folder / WRITTEN_FILE}: cannot be written ({first_line(error)})") from error
+
+
+def load_written(folder: Path, key: str) -> Tensor | None:
+    """Return the windows that the original wrote, or None if it has yet to.
+
+    Raises:
+        ConfigError: they are of another run.
+        CorruptArtifact: the file is damaged.
+    """
+    file = folder / WRITTEN_FILE
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as reader:
+            found, ids_ST = (reader.metadata() or {}).get("key"), reader.get_tensor("ids")
+    except (SafetensorError, OSError) as error:
+        raise CorruptArtifact(f"{file}: damaged ({first_line(error)}); remove it to write the text again") from error
+    if found != key:
+        raise ConfigError(
+            f"{folder}: holds text that was written for another run (other model, amounts or seed); "
+            "choose another --work-dir, or remove it"
+        )
+    written_ST: Tensor = ids_ST
+    return written_ST

@@ -6,9 +6,8 @@ the calibration samples, and the packed layers.
 """
 
 import dataclasses
-import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,19 +15,22 @@ from torch import Tensor, nn
 
 from onebit_core.artifact.manifest import LayerReport, Report
 from onebit_core.artifact.writer import ArtifactDraft, refuse_existing, write_artifact
-from onebit_core.calibration.sampling import CalibrationTokens, sample_tokens
-from onebit_core.calibration.statistics import InputStatistics
+from onebit_core.calibration.sampling import CalibrationTokens, fingerprint_of
 from onebit_core.errors import BadWeight, CalibrationError
 from onebit_core.kernels import resolve_device
 from onebit_core.layers import QuantizedLinear
 from onebit_core.methods.second_order import output_error, weight_error
-from onebit_core.model.blocks import linear_of
+from onebit_core.model.blocks import linear_names, linear_of, steps_of
 from onebit_core.model.loading import OriginalModel, open_original
 from onebit_core.model.replace import replace_module
+from onebit_core.pipeline.allocation import Allocation, choose_settings
+from onebit_core.pipeline.calibrate import calibration_record, calibration_tokens
 from onebit_core.pipeline.capture import CapturedInputs
 from onebit_core.pipeline.config import QuantizeConfig
+from onebit_core.pipeline.group_statistics import GroupStatistics, step_statistics
 from onebit_core.pipeline.plan import Plan, make_plan
 from onebit_core.pipeline.resume import BlockResult, WorkFolder
+from onebit_core.pipeline.rotation import quantize_weight
 from onebit_core.progress import Watch
 from onebit_core.reconstruction import distill_scales, reconstruct_block
 
@@ -56,22 +58,90 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
     original = open_original(config.model)
     plan = make_plan(original, config)
     device = resolve_device(config.device)
-    tokens = _calibration_tokens(original, config) if plan.calibrated else None
-    folder = WorkFolder(work, _fingerprint(original, config, tokens)) if work else None
-    original.load_outer(device)
+    tokens = calibration_tokens(original, config, device=device, work=work, watch=watch) if plan.calibrated else None
+    finished = WorkFolder(work, _fingerprint(original, config, tokens)) if work else None
     watch.report("load", 1, 1, model=config.model, blocks=plan.num_blocks)
 
+    allocation = _spread_bits(original, config, tokens, device, watch, work)
+    if allocation is not None:
+        plan = dataclasses.replace(plan, allocation=allocation)
+
+    samples_folder = (work or out.parent) if plan.memory.disk else None
+    layers, reports = _quantize_blocks(original, (plan, config), tokens, (samples_folder, finished), device, watch)
+
+    watch.report("write", 0, 1)
+    draft = ArtifactDraft(
+        name=config.name or default_name(config),
+        method=config.method,
+        settings=config.settings,
+        nominal_bits=_nominal_bits(plan, config, layers),
+        calibration=calibration_record(config, tokens),
+        reconstruction=config.reconstruction.to_dict() if config.reconstruction.enabled else {},
+        rotation=config.rotation,
+        allocation={} if allocation is None else allocation.record(config.settings),
+        embedding_bits=config.embedding_bits,
+        layers=layers,
+        report=Report(layers=reports, seconds={"quantize": round(time.monotonic() - started, 1)}),
+    )
+    write_artifact(original, draft, out)
+    watch.tell("write", 1, 1, artifact=str(out))  # the artifact is there: too late to cancel
+    return out
+
+
+def _spread_bits(
+    original: OriginalModel,
+    config: QuantizeConfig,
+    tokens: CalibrationTokens | None,
+    device: str,
+    watch: Watch,
+    work: Path | None,
+) -> Allocation | None:
+    """Choose the settings of every linear, where an average of bits was asked for."""
+    if config.bits is None:
+        return None
+    assert tokens is not None
+    original.load_outer(device)
+    allocation = choose_settings(original, config, tokens.ids_ST, device, watch, work)
+    original.release_outer()
+    return allocation
+
+
+def _nominal_bits(plan: Plan, config: QuantizeConfig, layers: dict[str, QuantizedLinear]) -> float:
+    """Return what the method's paper would advertise, averaged over weights where settings differ."""
+    weights = {path: layer.in_features * layer.out_features for path, layer in layers.items()}
+    total = sum(plan.method.nominal_bits(plan.settings_of(path, config)) * size for path, size in weights.items())
+    return total / sum(weights.values())
+
+
+def _quantize_blocks(
+    original: OriginalModel,
+    task: tuple[Plan, QuantizeConfig],
+    tokens: CalibrationTokens | None,
+    folders: tuple[Path | None, WorkFolder | None],
+    device: str,
+    watch: Watch,
+) -> tuple[dict[str, QuantizedLinear], tuple[LayerReport, ...]]:
+    """Quantize all blocks, by module path; nothing of the calibration samples is left afterwards.
+
+    Args:
+        original: the model.
+        task: what will be done.
+        tokens: the calibration windows.
+        folders: where activations are kept on disk, and where finished blocks are; None for nowhere.
+        device: where blocks are run.
+        watch: told of every block.
+    """
+    plan, config = task
+    samples_folder, finished = folders
     watch.report("calibrate", 0, 1)
-    captured = CapturedInputs(original, tokens.ids_ST, device) if tokens else None
-    if captured is not None and config.reconstruction.needs_teacher:
-        captured.follow_original()
+    captured = _capture(original, config, tokens, device, samples_folder)
     watch.report("calibrate", 1, 1)
 
     layers: dict[str, QuantizedLinear] = {}
     reports: list[LayerReport] = []
     watch.report("quantize", 0, plan.num_blocks)
     for index in range(plan.num_blocks):
-        result = _finish_block(original, (plan, config), (index, captured, folder), device, watch)
+        result = _finish_block(original, task, (index, captured, finished), device, watch)
         for name, (layer, report) in result.items():
             path = f"{original.layout.blocks}.{index}.{name}"
             layers[path] = layer
@@ -80,22 +150,23 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
         watch.report("quantize", index + 1, plan.num_blocks, block=index, relative_error=error)
     if captured is not None and config.reconstruction.distill_epochs:
         _distill(original, captured, config, device, watch)
+    return layers, tuple(reports)
 
-    watch.report("write", 0, 1)
-    draft = ArtifactDraft(
-        name=config.name or default_name(config),
-        method=config.method,
-        settings=config.settings,
-        nominal_bits=plan.method.nominal_bits(config.method_settings()),
-        calibration=_calibration_record(config, tokens),
-        reconstruction=config.reconstruction.to_dict() if config.reconstruction.enabled else {},
-        embedding_bits=config.embedding_bits,
-        layers=layers,
-        report=Report(layers=tuple(reports), seconds={"quantize": round(time.monotonic() - started, 1)}),
-    )
-    write_artifact(original, draft, out)
-    watch.tell("write", 1, 1, artifact=str(out))  # the artifact is there: too late to cancel
-    return out
+
+def _capture(
+    original: OriginalModel, config: QuantizeConfig, tokens: CalibrationTokens | None, device: str, folder: Path | None
+) -> CapturedInputs | None:
+    """Run what is before the blocks; what is outside of them stays in memory only if distillation will need it."""
+    if tokens is None:
+        return None
+    distills = bool(config.reconstruction.distill_epochs)
+    original.load_outer(device, head=distills)
+    captured = CapturedInputs(original, tokens.ids_ST, device, folder)
+    if config.reconstruction.needs_teacher:
+        captured.follow_original()
+    if not distills:
+        original.release_outer()
+    return captured
 
 
 def _distill(
@@ -159,53 +230,67 @@ def _quantize_block(
     """Quantize the groups of one block in order, each on inputs from the groups already in place; then train them."""
     plan, config = task
     result: BlockResult = {}
-    weights = {name: linear_of(block, name).weight.detach().float() for group in plan.groups for name in group}
+    names = linear_names(block, plan.layout)
+    weights = {name: linear_of(block, name).weight.detach().float() for name in names}
     targets_STD = None
     if captured is not None and config.reconstruction.epochs:
         from_original = config.reconstruction.target == "original"
         targets_STD = captured.original_STD if from_original else captured.outputs(block)
-    for position, group in enumerate(plan.groups):
-        statistics = None
-        if captured is not None:
-            # The first group reads attention's input, where the first token is the sink of all others.
-            weight = config.calibration.first_token_weight if position == 0 else 1.0
-            statistics = captured.statistics(block, group[0], weight)
-            if not torch.isfinite(statistics.hessian_II).all():
-                raise CalibrationError(
-                    f"block {index}, {group[0]}: its inputs are not finite on the calibration text; "
-                    "the original overflows in float32, or its weights are damaged"
-                )
-        for name in group:
-            result[name] = _quantize_linear(block, index, name, statistics, (plan, config))
+    for recorded in _record(block, index, (plan, config), captured):
+        for name in recorded.linears:
+            result[name] = _quantize_linear(block, index, name, recorded, (plan, config))
             replace_module(block, name, result[name][0])
     if captured is not None and targets_STD is not None:
         samples = (captured.hidden_STD, targets_STD)
         reconstruct_block(block, weights, samples, captured.run, config.reconstruction, check)
-        _measure_again(block, plan, config, captured, (weights, result))
+        _measure_again(block, index, (plan, config), captured, (weights, result))
     for layer, _ in result.values():
-        layer.start = {}
-    return result
+        layer.forget_start()
+    return {name: result[name] for name in names}
+
+
+def _record(
+    block: nn.Module, index: int, task: tuple[Plan, QuantizeConfig], captured: CapturedInputs | None
+) -> Iterator[GroupStatistics]:
+    """Yield the groups of a block in order of computation, each recorded when it is asked for.
+
+    Raises:
+        CalibrationError: inputs that are not finite.
+    """
+    plan, config = task
+    for position, step in enumerate(steps_of(block, plan.layout)):
+        if captured is None:
+            yield from (GroupStatistics(linears=group) for group in step)
+            continue
+        # The first group reads attention's input, where the first token is the sink of all others.
+        weight = config.calibration.first_token_weight if position == 0 else 1.0
+        for recorded in step_statistics(captured, block, step, weight):
+            if recorded.statistics is not None and not torch.isfinite(recorded.statistics.hessian_II).all():
+                raise CalibrationError(
+                    f"block {index}, {recorded.linears[0]}: its inputs are not finite on the calibration text; "
+                    "the original overflows in float32, or its weights are damaged"
+                )
+            yield recorded
 
 
 def _measure_again(
     block: nn.Module,
-    plan: Plan,
-    config: QuantizeConfig,
+    index: int,
+    task: tuple[Plan, QuantizeConfig],
     captured: CapturedInputs,
     trained: tuple[dict[str, Tensor], BlockResult],
 ) -> None:
     """Bring the reports of a reconstructed block up to date, on the inputs that its layers have now."""
     weights, result = trained
-    for position, group in enumerate(plan.groups):
-        weight = config.calibration.first_token_weight if position == 0 else 1.0
-        statistics = captured.statistics(block, group[0], weight)
-        for name in group:
+    for recorded in _record(block, index, task, captured):
+        assert recorded.statistics is not None
+        for name in recorded.linears:
             layer, report = result[name]
             decided_OI = layer.dequantize()
             report = dataclasses.replace(
                 report,
                 weight_error=weight_error(weights[name], decided_OI),
-                output_error=output_error(weights[name], decided_OI, statistics.hessian_II),
+                output_error=output_error(weights[name], decided_OI, recorded.statistics.hessian_II),
             )
             result[name] = (layer, report)
 
@@ -214,17 +299,19 @@ def _quantize_linear(
     block: nn.Module,
     index: int,
     name: str,
-    statistics: InputStatistics | None,
+    recorded: GroupStatistics,
     task: tuple[Plan, QuantizeConfig],
 ) -> tuple[QuantizedLinear, LayerReport]:
     """Quantize one linear and measure what it lost."""
     plan, config = task
+    statistics = recorded.statistics
     started = time.monotonic()
     linear = linear_of(block, name)
     weight_OI: Tensor = linear.weight.detach().float()
     if not torch.isfinite(weight_OI).all():
         raise BadWeight(f"block {index}, {name}: the weight holds NaN or infinite values")
-    layer = plan.method.quantize(weight_OI, statistics, config.method_settings())
+    settings = plan.settings_of(f"{plan.layout.blocks}.{index}.{name}", config)
+    layer = quantize_weight(plan.method, weight_OI, statistics, settings, config.rotation)
     if linear.bias is not None:
         layer.set_bias(linear.bias)
     decided_OI = layer.dequantize()
@@ -237,43 +324,17 @@ def _quantize_linear(
         weight_error=weight_error(weight_OI, decided_OI),
         output_error=None if statistics is None else output_error(weight_OI, decided_OI, statistics.hessian_II),
         seconds=round(time.monotonic() - started, 3),
+        notes=recorded.notes,
     )
     return layer, report
 
 
-def _calibration_tokens(original: OriginalModel, config: QuantizeConfig) -> CalibrationTokens:
-    """Draw the calibration windows; all ids are rows of the embedding."""
-    calibration = config.calibration
-    tokens = sample_tokens(
-        original.tokenizer,
-        calibration.text,
-        samples=calibration.samples,
-        tokens=calibration.tokens,
-        seed=calibration.seed,
-    )
-    rows, largest = original.config.get_text_config().vocab_size, int(tokens.ids_ST.max())
-    if largest >= rows:
-        raise CalibrationError(
-            f"{original.folder}: the tokenizer gives id {largest}, and the embedding has {rows} rows; "
-            "tokenizer and weights are not of the same model"
-        )
-    return tokens
-
-
-def _calibration_record(config: QuantizeConfig, tokens: CalibrationTokens | None) -> dict[str, object]:
-    """Return what the manifest says about calibration; empty if there was none."""
-    if tokens is None:
-        return {}
-    return {**config.calibration.to_dict(), "fingerprints": tokens.fingerprints}
-
-
 def _fingerprint(original: OriginalModel, config: QuantizeConfig, tokens: CalibrationTokens | None) -> dict[str, str]:
     """Return what must be equal for a run to continue another; tokens, since text behind the same name may change."""
-    ids = b"" if tokens is None else tokens.ids_ST.numpy().astype("<i4").tobytes()
     return {
         "config": config.fingerprint(),
         "source": original.store.sha256(),
-        "calibration": hashlib.sha256(ids).hexdigest(),
+        "calibration": "" if tokens is None else fingerprint_of(tokens.ids_ST),
     }
 
 

@@ -69,6 +69,7 @@ def sources(tmp_path_factory) -> Path:
     save_tiny_model(folder / "tiny")
     save_tiny_model(folder / "slow", num_layers=48)
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    (folder / "heldout.txt").write_text("Pack my box with five dozen liquor jugs. " * 200)
     return folder
 
 
@@ -90,7 +91,7 @@ SMALL = {"samples": 2, "tokens": 32, "text": ["text.txt"]}
 
 def test_a_job_makes_an_artifact_that_answers(server, admin):
     """Launch, wait, complete: blocks are counted, the evaluation is done and shown, the model is served."""
-    evaluate = {"texts": {"fox": "text.txt"}, "windows": 2, "window_tokens": 32}
+    evaluate = {"texts": {"fox": "heldout.txt"}, "windows": 2, "window_tokens": 32}
     job_id = admin.submit(model="tiny", method="gptq", calibration=SMALL, name="made", evaluate=evaluate, load=True)
     seen = admin.wait(job_id, has_ended)
     last = seen[-1]
@@ -152,9 +153,15 @@ def test_a_job_that_fails_says_why(sources, admin):
         ({"model": "../../etc", "method": "rtn"}, 400, "model"),
         ({"model": "org/model", "method": "rtn"}, 400, "model"),
         ({"model": "tiny", "method": "rtn", "name": "a/b"}, 400, "name"),
-        ({"model": "tiny", "method": "rtn", "embedding_bits": 4}, 400, "embedding_bits"),
+        ({"model": "tiny", "method": "rtn", "embedding_bits": 5}, 400, "embedding_bits"),
         ({"model": "tiny", "method": "rtn", "calibration": {"samples": 0}}, 400, "calibration.samples"),
         ({"model": "tiny", "method": "rtn", "calibration": {"text": ["/etc/passwd"]}}, 400, "calibration.text"),
+        ({"model": "tiny", "method": "rtn", "calibration": {"text": ["text.txt#../x"]}}, 400, "calibration.text"),
+        (
+            {"model": "tiny", "method": "gptq", "evaluate": {"texts": {"x": "builtin:python"}}},
+            400,
+            "evaluate.texts",
+        ),
         ({"model": "tiny", "method": "rtn", "other": 1}, 400, "other"),
         ({"method": "rtn"}, 400, "model"),
     ],

@@ -109,7 +109,7 @@ def test_help_and_version_and_methods():
         (("--method", "rtn", "--set", "bits"), ("write KEY=VALUE",)),
         (("--method", "pb_llm", "--set", "ratio=1.5"), ("ratio 1.5",)),
         (("--method", "rtn", "--set", "group_size=48"), ("block 0", "group_size 48", "nearest")),
-        (("--method", "rtn", "--embedding-bits", "4"), ("embedding_bits", "8, 16")),
+        (("--method", "rtn", "--embedding-bits", "5"), ("embedding_bits", "4, 8, 16")),
         (
             ("--method", "gptq", "--set", "group_size=32", "--tokens", "64", "--calibration", "/no/such.txt"),
             ("/no/such.txt", "no such"),

@@ -8,8 +8,10 @@ import pytest
 
 import onebit_core
 from benchmarks.cli_reference import render
-from benchmarks.quality import markdown, read_lines
+from benchmarks.quality_picture import description_of, picture_of
+from benchmarks.quality_table import markdown, read_lines
 from onebit_core.methods import METHODS
+from onebit_core.model.blocks import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -23,6 +25,12 @@ def test_every_method_has_a_page_with_its_settings(name):
     assert "arXiv" in page or name == "rtn"
     for setting in METHODS[name].config().to_dict():
         assert f"`{setting}`" in page, setting
+
+
+def test_every_architecture_is_listed():
+    """The rows of the table stand in docs/models.md, and no others."""
+    listed = re.findall(r"`(\w+ForCausalLM)`", (DOCS / "models.md").read_text())
+    assert sorted(listed) == sorted(LAYOUTS)
 
 
 def test_the_command_reference_is_current():
@@ -43,6 +51,14 @@ def test_the_results_table_is_the_committed_measurement():
     readme = (ROOT / "README.md").read_text()
     assert newest.name in readme
     assert markdown(read_lines(newest)) in readme
+
+
+def test_the_results_picture_is_the_committed_measurement():
+    """The README shows the picture of the newest result file, and it was drawn from what that file holds now."""
+    newest = sorted((ROOT / "benchmarks" / "results").glob("quality_*.csv"), key=lambda file: file.stem[-10:])[-1]
+    picture = picture_of(newest)
+    assert f"](benchmarks/results/{picture.name})" in (ROOT / "README.md").read_text()
+    assert description_of([newest]) in picture.read_text(), "draw it anew: python -m benchmarks.quality_picture"
 
 
 def test_versions_agree():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from onebit_core.artifact.reader import read_report
-from onebit_core.cli.evaluate import parse_texts
+from onebit_core.artifact.writer import update_report
+from onebit_core.cli.evaluate import parse_tasks, parse_texts
 from onebit_core.cli.main import app
 from onebit_core.errors import ConfigError, EvaluationError, OnebitError
+from onebit_core.evaluation.run import with_task
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.run import quantize_model
+from tests.support.sample_report import sample_task
 from tests.support.tiny_model import save_tiny_model
 
 SIZES = ["--windows", "2", "--window-tokens", "32"]
@@ -77,6 +81,39 @@ def test_evaluate_speaks_json_lines(place: Path) -> None:
     assert events[-1]["evaluation"][0]["dataset"] == "fox"
 
 
+def test_a_text_that_was_calibrated_on_is_marked(place: Path) -> None:
+    """By its file or by its words; in the report, in the tables and on the page. Other text is not."""
+    text = place / "text.txt"
+    calibration = {"text": [str(text)], "samples": 2, "tokens": 32}
+    config = {"model": str(place / "original"), "method": "gptq", "calibration": calibration}
+    quantize_model(QuantizeConfig.from_dict(config), place / "calibrated")
+    (place / "copy.md").write_text(text.read_text())
+    (place / "other.txt").write_text("Pack my box with five dozen liquor jugs. " * 10)
+    texts = [part for name in ("text.txt", "copy.md", "other.txt") for part in ("--text", f"{name}={place / name}")]
+    printed = run("evaluate", place / "calibrated", *texts, *SIZES, "--progress", "none")
+
+    found = {result.dataset: result.warning for result in read_report(place / "calibrated").evaluation}
+    assert found["other.txt"] is None
+    assert found["text.txt"] == found["copy.md"]
+    assert f"was calibrated on this text ({text})" in str(found["copy.md"])
+    page = place / "page.html"
+    for shown in (printed, run("inspect", place / "calibrated", "--html", page), page.read_text()):
+        assert shown.count("the model was calibrated on this text") == 2
+
+
+def test_a_file_that_holds_other_text_now_is_not_marked(place: Path) -> None:
+    """Its fingerprint says that it is not the text that was calibrated on."""
+    text = place / "text.txt"
+    calibration = {"text": [str(text)], "samples": 2, "tokens": 32}
+    config = {"model": str(place / "original"), "method": "gptq", "calibration": calibration}
+    quantize_model(QuantizeConfig.from_dict(config), place / "calibrated")
+    text.write_text("Pack my box with five dozen liquor jugs. " * 10)
+    run("evaluate", place / "calibrated", "--text", f"fox={text}", *SIZES, "--progress", "none")
+
+    (result,) = read_report(place / "calibrated").evaluation
+    assert result.warning is None
+
+
 def test_a_text_that_is_too_short_is_refused_and_nothing_is_written(place: Path) -> None:
     """One sentence with the numbers; the report stays as it was."""
     with pytest.raises(EvaluationError, match="450 tokens, too few for 100 windows"):
@@ -116,6 +153,52 @@ def test_a_name_given_twice_is_refused() -> None:
     """Otherwise one of the two would disappear."""
     with pytest.raises(ConfigError, match="given twice"):
         parse_texts(["a=1.txt", "a=2.txt"])
+
+
+def test_tasks_are_names_with_or_without_a_file() -> None:
+    """A name alone is one of lm-eval's; other forms and names given twice are refused."""
+    assert parse_tasks(["piqa", "mine=questions=1.jsonl"]) == {"piqa": None, "mine": "questions=1.jsonl"}
+    for wrong in ("=questions.jsonl", "mine=", ""):
+        with pytest.raises(ConfigError, match="expected NAME=FILE"):
+            parse_tasks([wrong])
+    with pytest.raises(ConfigError, match="given twice"):
+        parse_tasks(["piqa", "piqa=questions.jsonl"])
+
+
+def test_nothing_to_evaluate_on_is_refused(place: Path) -> None:
+    """Neither text nor task: the message names both."""
+    with pytest.raises(EvaluationError, match="name a text as NAME=FILE, or a zero-shot task"):
+        run("evaluate", place / "artifact")
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval (extra `zeroshot`) is not installed")
+@pytest.mark.filterwarnings("ignore:.*:Warning:lm_eval", "ignore:.*:Warning:datasets")
+def test_evaluate_asks_questions_beside_texts(place: Path) -> None:
+    """Both stand in the result and in the report."""
+    questions = place / "questions.jsonl"
+    questions.write_text(
+        "".join(json.dumps({"question": f"{n}?", "choices": ["a", "b"], "gold": n % 2}) + "\n" for n in range(9))
+    )
+    text = f"fox={place / 'text.txt'}"
+    printed = run(
+        "evaluate", place / "artifact", "--text", text, *SIZES, "--task", f"mine={questions}", "--task-limit", "5",
+        "--progress", "json",
+    )  # fmt: skip
+    result = json.loads(printed.splitlines()[-1])
+
+    assert (result["evaluation"][0]["dataset"], result["tasks"][0]["task"]) == ("fox", "mine")
+    assert read_report(place / "artifact").to_dict()["tasks"] == result["tasks"]
+    assert result["tasks"][0]["questions"] == 5
+    assert "zero-shot accuracy" in run("evaluate", place / "artifact", "--task", f"mine={questions}")
+
+
+def test_inspect_shows_tasks(place: Path) -> None:
+    """An artifact with tasks alone is evaluated."""
+    update_report(place / "artifact", with_task(read_report(place / "artifact"), sample_task()))
+    printed = run("inspect", place / "artifact")
+
+    assert "arc_easy" in printed
+    assert "not evaluated yet" not in printed
 
 
 def test_inspect_shows_bits_bytes_and_layers(place: Path) -> None:

@@ -10,6 +10,7 @@ from onebit_core.kernels import triton as backend
 from onebit_core.kernels.planes import LinearOperands, PlaneTerm
 from onebit_core.kernels.triton import launch, tiles, workspace
 from onebit_core.kernels.triton.layout import parts_of, plan_of
+from onebit_core.layers import LutLinear, SignLinear, SplitLinear, use_backend
 from tests.support.random_operands import STRUCTURES, error_of, grouped, plane_term, shift_term, sparse_term
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -165,3 +166,23 @@ def test_int8_activations_are_exact_for_small_integers_and_keep_nan():
     y = backend.matmul(x, packed.parts, packed.layout)
     assert y[1].isnan().all()
     assert y[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_a_split_layer_sums_its_parts(tokens, dtype):
+    """Each part is a product of its own on its columns; groups of 27 columns take the dense path."""
+    residual = SignLinear.from_parts(
+        torch.randn(2, 40, 25), group_scale_POG=torch.rand(2, 40, 5), shift_OG=torch.randn(40, 5)
+    )
+    levels = LutLinear.from_levels(torch.randint(0, 4, (40, 135)), torch.randn(40, 5, 4))
+    first = torch.arange(160) % 32 < 5
+    layer = SplitLinear.from_layers(first, (residual, levels))
+    layer.set_bias(torch.randn(40))
+    x = torch.randn(tokens, 160).to(dtype)
+    expected = x.double() @ layer.dequantize().double().T + layer.bias.double()
+    use_backend(layer, "triton")
+    y = layer(x)
+    assert y.dtype == dtype
+    assert layer.packed_bytes() > 0
+    torch.testing.assert_close(y.double(), expected, rtol=2e-3, atol=2e-2)
