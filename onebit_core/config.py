@@ -100,7 +100,10 @@ def _coerce_union(where: str, options: tuple[Any, ...], value: Any) -> Any:
 def _coerce_scalar(where: str, hint: Any, value: Any) -> Any:
     """Check a bool, int, float or str; an int is a float, a bool is not an int, NaN is nothing."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: an integer of {len(str(value))} digits is too large a number") from None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
     if isinstance(value, float) and value - value != 0:

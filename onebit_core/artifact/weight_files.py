@@ -76,9 +76,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     """Return tensor to file name."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(tensor): Path(file).name for tensor, file in found.items()}
+        files = {str(tensor): str(file) for tensor, file in found.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CorruptArtifact(f"{index}: has no weight_map of tensors to files ({first_line(error)})") from error
+    for file in set(files.values()):
+        if Path(file).name != file:  # transformers would follow it
+            raise CorruptArtifact(f"{index}: {file!r} is not the name of a file in the artifact's folder")
+    return files
 
 
 def weights_sha256(folder: Path) -> str:

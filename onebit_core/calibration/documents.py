@@ -15,12 +15,13 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol, cast
 
 from onebit_core.errors import CalibrationError, first_line
 
@@ -29,6 +30,9 @@ LINES_SUFFIXES = (".jsonl",)
 JSON_SUFFIXES = (".json",)
 PACKED = ".gz"
 DEFAULT_COLUMN = "text"
+
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+"""Between the items of a JSON array."""
 
 MOST_NAMED = 20
 """Fields an error lists."""
@@ -47,13 +51,11 @@ LARGEST_ARRAY_BYTES = 1 << 28
 
 
 class Documents(Protocol):
-    """The documents of one file, in order.
+    """The documents of one file, in order."""
 
-    Attributes:
-        joint: what stands between two documents when they become one text.
-    """
-
-    joint: str
+    @property
+    def joint(self) -> str:
+        """What stands between two documents when they become one text."""
 
     def size(self) -> int:
         """Return the number of places."""
@@ -178,7 +180,7 @@ class JsonArray:
         self.path, self.column = path, column
 
     @cached_property
-    def _items(self) -> list[Any]:
+    def _items(self) -> list[str]:
         with _named(self.path), _open(self.path) as stream:
             content = stream.read(LARGEST_ARRAY_BYTES + 1)
         if len(content) > LARGEST_ARRAY_BYTES:
@@ -187,21 +189,51 @@ class JsonArray:
                 f"{LARGEST_ARRAY_BYTES >> 20} MiB; save it as JSON lines or Parquet"
             )
         try:
-            return cast(list[Any], json.loads(content))
+            return list(self._parse(content.decode()))
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{self.path}: not a JSON array ({first_line(error)})") from error
+
+    def _parse(self, content: str) -> Iterator[str]:
+        """Yield the text of each item, parsed one by one: parsed together, they may take a hundred times the file."""
+        decoder, place, index = json.JSONDecoder(), _after(content, "[", 0), 0
+        while content[place : place + 1] != "]" or index:
+            value, place = decoder.raw_decode(content, place)
+            where = f"item {index}"
+            is_text = isinstance(value, str)
+            yield (
+                whole_characters(value, self.path, where) if is_text else text_of(value, self.column, self.path, where)
+            )
+            index += 1
+            place = _after(content, "", place)
+            if content[place : place + 1] == "]":
+                break
+            place = _after(content, ",", place)
+        if _after(content, "]", place) != len(content):
+            raise ValueError(f"something stands behind the array, at character {place + 1}")
 
     def size(self) -> int:
         """Return the number of items."""
         return len(self._items)
 
     def read(self, first: int, last: int | None) -> Iterator[str]:
-        """Yield the column of each item."""
-        for index, item in enumerate(self._items[first:last], first):
-            yield item if isinstance(item, str) else text_of(item, self.column, self.path, f"item {index}")
+        """Yield the text of each item."""
+        yield from self._items[first:last]
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _after(content: str, mark: str, place: int) -> int:
+    """Return the place of what follows a mark and white space."""
+    start = _end_of_space(content, place)
+    if not content.startswith(mark, start):
+        raise ValueError(f"expected {mark!r} at character {start}")
+    return _end_of_space(content, start + len(mark))
+
+
+def _end_of_space(content: str, place: int) -> int:
+    match = WHITE_SPACE.match(content, place)
+    return place if match is None else match.end()
 
 
 def text_of(value: object, column: str, path: Path, where: str) -> str:
@@ -221,6 +253,19 @@ def text_of(value: object, column: str, path: Path, where: str) -> str:
     text = value[column]
     if not isinstance(text, str):
         raise CalibrationError(f'{path}: the "{column}" of {where} is not a string')
+    return whole_characters(text, path, where)
+
+
+def whole_characters(text: str, path: Path, where: str) -> str:
+    """Return a text, if it has no half characters, which JSON can write and no tokenizer can read.
+
+    Raises:
+        CalibrationError: it has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"{path}: {where} holds half a character (a lone surrogate); repair the file") from error
     return text
 
 

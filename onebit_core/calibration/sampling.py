@@ -104,7 +104,9 @@ def share_samples(sources: Sequence[str], samples: int, weights: Sequence[float]
     if samples < len(sources):
         raise CalibrationError(f"{samples} samples of {len(sources)} texts: ask for at least one sample a text")
     weights = weights or [1.0] * len(sources)
-    exact = [samples * weight / sum(weights) for weight in weights]
+    largest = max(weights)
+    total = sum(weight / largest for weight in weights)  # a sum of large weights may be infinite
+    exact = [samples * (weight / largest) / total for weight in weights]
     shares = [int(share) for share in exact]
     order = sorted(range(len(sources)), key=lambda index: shares[index] - exact[index])
     for index in order[: samples - sum(shares)]:
@@ -158,11 +160,12 @@ def _spread(tokenizer: Any, opened: OpenSource, size: tuple[int, int], generator
     for index in range(share):
         first, last = opened.size * index // share, opened.size * (index + 1) // share
         start = int(torch.randint(first, last, (), generator=generator))
-        around = chain(opened.read(start, last), ["\n\n"], opened.read(first, start))
+        # Long documents may begin in no part but the first, so a window may go on past its own.
+        around = chain(opened.read(start), ["\n\n"], opened.read(0, start))
         ids = _fill(tokenizer, _enter(around, ROOM_CHARACTERS * tokens, generator), tokens)
         if len(ids) < tokens:
             raise CalibrationError(
-                f"{opened.name}: {len(ids)} tokens in part {index + 1} of {share}, too few for a sample of {tokens}; "
+                f"{opened.name}: {len(ids)} tokens in all, too few for a sample of {tokens}; "
                 "give more text, or ask for fewer or shorter samples"
             )
         windows.append(torch.tensor(ids[:tokens], dtype=torch.int64))

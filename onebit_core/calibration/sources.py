@@ -50,6 +50,7 @@ KINDS = (TABLE_SUFFIXES, (*TEXT_SUFFIXES, *LINES_SUFFIXES), JSON_SUFFIXES)
 STATE_FILE, SPLITS_FILE = "state.json", "dataset_dict.json"
 """What save_to_disk of `datasets` leaves in the folder of a data set, and of several splits."""
 
+LARGEST_STATE_CHARACTERS = 1 << 24
 LARGEST_TEXT_CHARACTERS = 1 << 30
 
 
@@ -90,7 +91,11 @@ class OpenSource:
 
     @cached_property
     def _sizes(self) -> list[int]:
-        return [file.size() for file in self._files]
+        sizes = []
+        for file in self._files:
+            sizes.append(file.size())
+            file.close()
+        return sizes
 
     @property
     def size(self) -> int:
@@ -117,6 +122,7 @@ class OpenSource:
             for text in texts:
                 yield text if is_first else joint + text
                 is_first, joint = False, file.joint
+            file.close()  # a folder may hold more files than a process may have open
 
     def whole(self, limit: int) -> str | None:
         """Return everything as one text, or None if that has more than `limit` characters.
@@ -156,6 +162,38 @@ class _KnownText:
         """Nothing is open."""
 
 
+class _ClosedFile:
+    """A file that is opened when it is asked for something, and may be closed and asked again."""
+
+    def __init__(self, path: Path, column: str | None) -> None:
+        self._path, self._column = path, column
+        self._open: Documents | None = None
+
+    def _opened(self) -> Documents:
+        if self._open is None:
+            self._open = _open_file(self._path, self._column)
+        return self._open
+
+    @property
+    def joint(self) -> str:
+        """What stands between two of its documents."""
+        return self._opened().joint
+
+    def size(self) -> int:
+        """Return the number of places."""
+        return self._opened().size()
+
+    def read(self, first: int, last: int | None) -> Iterator[str]:
+        """Yield the documents of some places."""
+        yield from self._opened().read(first, last)
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
 def open_source(source: str) -> OpenSource:
     """Open a source to read its documents; use as a context.
 
@@ -165,7 +203,7 @@ def open_source(source: str) -> OpenSource:
     if source in BUILTIN_TEXTS:
         return OpenSource(source, [_KnownText(_builtin(source))])
     _, column = split_source(source)
-    return OpenSource(source, [_open_file(file, column) for file in source_files(source)])
+    return OpenSource(source, [_ClosedFile(file, column) for file in source_files(source)])
 
 
 def read_text(source: str) -> str:
@@ -227,9 +265,12 @@ def _files_in(folder: Path) -> list[Path]:
 def _saved_files(folder: Path) -> list[Path]:
     """Return the files that a saved data set's state lists, without folders: nothing outside of its own is opened."""
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        with (folder / STATE_FILE).open(encoding="utf-8") as stream:
+            state = json.loads(stream.read(LARGEST_STATE_CHARACTERS))
         names = [Path(entry["filename"]).name for entry in state["_data_files"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        for name in names:
+            name.encode()  # a lone surrogate names no file
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CalibrationError(f"{folder / STATE_FILE}: lists no files ({first_line(error)}); save it again") from error
     if not names:
         raise CalibrationError(f"{folder}: the data set is empty")

@@ -22,6 +22,9 @@ POSITIONS_PER_BATCH = 4096
 POSITIONS_PER_SLICE = 64
 CONTEXT_IF_UNSAID = 2048
 
+WITH_WHOLE_LOGITS = 512
+"""Positions in a batch of a model whose logits cannot be had position by position."""
+
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context, at least one, and of its continuation, at least one."""
 
@@ -38,7 +41,8 @@ class ContinuationScorer:
         """
         self._reader = LogitsReader(model, torch.arange(PROBE_TOKENS))
         self._context: int = getattr(model.config, "max_position_embeddings", None) or CONTEXT_IF_UNSAID
-        self._positions_per_batch = positions_per_batch
+        fewer = WITH_WHOLE_LOGITS if self._reader.keeps_logits else positions_per_batch
+        self._positions_per_batch = min(positions_per_batch, fewer)
 
     def score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """Return, per pair, the log-likelihood in nats and whether greedy decoding would write the continuation.

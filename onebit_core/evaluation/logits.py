@@ -32,6 +32,11 @@ class LogitsReader:
         self._head = _plain_head(model, probe_T[:PROBE_TOKENS].to(model.device))
         self._states_TH: Tensor = torch.empty(0)
 
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether a window's logits are kept whole, because the model's head does more than one product."""
+        return self._head is None
+
     @torch.inference_mode()
     def start(self, tokens_T: Tensor) -> None:
         """Run the model over one window of int64 token ids; `read` then answers for this window."""
@@ -44,6 +49,7 @@ class LogitsReader:
         Shorter sequences are filled up at their end with any token: a causal model does not look ahead.
         """
         tokens_BT = tokens_BT.to(self._model.device)
+        self._states_TH = torch.empty(0)  # those of before need not be in memory beside the new ones
         if self._head is None:
             states_BTH = self._model(input_ids=tokens_BT, use_cache=False).logits
         else:

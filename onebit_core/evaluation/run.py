@@ -84,14 +84,14 @@ def evaluate_artifact(artifact: Path, config: EvaluateConfig, watch: Watch | Non
         read_windows(name, text, loaded.tokenizer, windows=config.windows, window_tokens=config.window_tokens)
         for name, text in config.texts.items()
     ]
+    warnings = {name: calibration_overlap(manifest.calibration, text) for name, text in config.texts.items()}
     watch.report("load", 1, 2)
     original, _ = load_original(source, device=device, dtype=dtype)
     watch.report("load", 2, 2)
     measured = Measured()
     for windows in texts:
         result = evaluate_models(original, {manifest.name: loaded.model}, windows, watch)[manifest.name]
-        warning = calibration_overlap(manifest.calibration, config.texts[windows.name])
-        result = replace(result, warning=warning)
+        result = replace(result, warning=warnings[windows.name])
         update_report(artifact, with_result(read_report(artifact), result))
         measured = replace(measured, texts=(*measured.texts, result))
     for name, task in tasks.items():

@@ -39,12 +39,13 @@ def rotation_block(in_features: int) -> int:
 def _rotation(in_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return s float32 [I] and H float32 [b, b]."""
     block = rotation_block(in_features)
-    hadamard = torch.ones(1, 1)
-    while len(hadamard) < block:
-        hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
-    place_I = torch.arange(1, in_features + 1, dtype=torch.int64)
-    sign_I = 1 - 2 * ((place_I * SIGN_STEP) % 2**32 // 2**31)
-    return sign_I.float().to(device), (hadamard / block**0.5).to(device)
+    with torch.inference_mode(False):  # kept for training too, whoever asks first  # noqa: FBT003
+        hadamard = torch.ones(1, 1)
+        while len(hadamard) < block:
+            hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
+        place_I = torch.arange(1, in_features + 1, dtype=torch.int64)
+        sign_I = 1 - 2 * ((place_I * SIGN_STEP) % 2**32 // 2**31)
+        return sign_I.float().to(device), (hadamard / block**0.5).to(device)
 
 
 def rotate(rows: Tensor) -> Tensor:
@@ -101,8 +102,9 @@ class RotatedLinear(QuantizedLinear):
 
     def base_matmul(self, x: Tensor) -> Tensor:
         """Rotate and multiply."""
-        product: Tensor = self.inner(rotate(x))
-        return product
+        seen = x.float() if x.dtype == torch.float16 else x  # a sum of many may leave the range of float16
+        product: Tensor = self.inner(rotate(seen))
+        return product.to(x.dtype)
 
     def chain(self) -> tuple[LinearOperands, ...]:
         """Return no product: the inner layer is packed on its own."""

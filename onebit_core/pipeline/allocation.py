@@ -14,20 +14,23 @@ layers in place of groups of columns, the loss of the whole model in place of a 
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from onebit_core.config import StrictConfig
-from onebit_core.errors import ConfigError
+from onebit_core.errors import ArtifactError, BadWeight, CalibrationError, ConfigError, CorruptArtifact, first_line
 from onebit_core.methods import METHODS, Method, method_named
 from onebit_core.methods.base import Rung
 from onebit_core.model.blocks import groups_of, linear_names, linear_of
 from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.config import QuantizeConfig
+from onebit_core.pipeline.rotation import quantize_weight
 from onebit_core.pipeline.sensitivity import BlockSensitivity, measure_sensitivity
 from onebit_core.progress import Watch
 
@@ -117,6 +120,7 @@ def check_bits(config: QuantizeConfig, shapes: Sequence[tuple[int, int]]) -> Non
     averages = [average_bits(method, rung.settings, shapes) for rung in ladder_of(config, shapes)]
     lowest, highest = min(averages), max(averages)
     if not lowest <= config.bits <= highest:
+        lowest, highest = math.ceil(lowest * 1000) / 1000, math.floor(highest * 1000) / 1000  # both can be had
         nearest = lowest if config.bits < lowest else highest
         raise ConfigError(
             f"bits {config.bits}: {config.method} can spread {lowest:.3f} to {highest:.3f} true bits a weight over the "
@@ -192,15 +196,22 @@ def choose_settings(
         watch: told after every block, in stage `spread`.
         folder: where the choice is kept for a run that continues, or None.
     """
-    assert config.bits is not None
     kept = None if folder is None else folder / ALLOCATION_FILE
     if kept is not None and kept.is_file():
-        return Allocation(**json.loads(kept.read_text(encoding="utf-8")))
+        return _read(kept)
+    allocation = _choose(original, config, ids_ST, device, watch)
+    if kept is not None:
+        _write(kept, allocation)
+    return allocation
+
+
+def _choose(original: OriginalModel, config: QuantizeConfig, ids_ST: Tensor, device: str, watch: Watch) -> Allocation:
+    """Measure and choose."""
+    assert config.bits is not None
     named = ((block, name) for block in original.blocks for name in linear_names(block, original.layout))
     linears = [linear_of(block, name) for block, name in named]
     ladder = ladder_of(config, {(linear.out_features, linear.in_features) for linear in linears})
     points: dict[str, list[Point]] = {}
-    weights = 0
     total = len(original.blocks)
     watch.report("spread", 0, total)
     measured = measure_sensitivity(
@@ -213,37 +224,72 @@ def choose_settings(
     )
     for done, found in enumerate(measured, start=1):
         for name in linear_names(found.block, original.layout):
-            linear = linear_of(found.block, name)
-            weights += linear.weight.numel()
             path = f"{original.layout.blocks}.{found.index}.{name}"
-            points[path] = [_measure(found, name, linear, config, rung) for rung in ladder]
+            points[path] = [_measure(found, name, config, rung) for rung in ladder]
+        found.statistics.clear()  # the next block's are made before this one is let go
         watch.report("spread", done, total, block=found.index)
-    chosen = allocate(points, config.bits * weights)
+    # Half a bit more than asked for, in all, so that an average that a rung gives exactly is not lost to rounding.
+    budget = config.bits * sum(linear.weight.numel() for linear in linears) + 0.5
+    chosen = allocate(points, budget)
     uniform = [sum(choices[place].cost for choices in points.values()) for place in range(len(ladder))]
     sizes = [sum(choices[place].size for choices in points.values()) for place in range(len(ladder))]
-    allocation = Allocation(
+    return Allocation(
         bits=config.bits,
         settings={path: ladder[place].settings.to_dict() for path, place in sorted(chosen.items())},
         expected_loss=sum(points[path][place].cost for path, place in chosen.items()),
-        uniform_loss=min(cost for cost, size in zip(uniform, sizes, strict=True) if size <= config.bits * weights),
+        uniform_loss=min(cost for cost, size in zip(uniform, sizes, strict=True) if size <= budget),
     )
-    if kept is not None:
-        temporary = kept.with_suffix(".writing")
+
+
+def _read(file: Path) -> Allocation:
+    """Read a choice that an earlier run made.
+
+    Raises:
+        CorruptArtifact: the file is damaged.
+    """
+    try:
+        return Allocation(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CorruptArtifact(f"{file}: damaged ({first_line(error)}); remove it to measure again") from error
+
+
+def _write(file: Path, allocation: Allocation) -> None:
+    """Keep a choice for a run that continues.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    temporary = file.with_suffix(".writing")
+    try:
         temporary.write_text(json.dumps(dataclasses.asdict(allocation)), encoding="utf-8")
-        temporary.replace(kept)
-    return allocation
+        temporary.replace(file)
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def _few(ids_ST: Tensor) -> Tensor:
     """Return the first tokens of a few samples, evenly over all."""
-    step = max(1, len(ids_ST) // MOST_SAMPLES)
-    return ids_ST[::step][:MOST_SAMPLES, :MOST_TOKENS]
+    samples = len(ids_ST)
+    places = torch.linspace(0, samples - 1, min(samples, MOST_SAMPLES)).round().long()
+    return ids_ST[places, :MOST_TOKENS]
 
 
-def _measure(found: BlockSensitivity, name: str, linear: nn.Linear, config: QuantizeConfig, rung: Rung) -> Point:
-    """Quantize one linear on trial."""
+def _measure(found: BlockSensitivity, name: str, config: QuantizeConfig, rung: Rung) -> Point:
+    """Quantize one linear on trial.
+
+    Raises:
+        BadWeight: its weight is not finite.
+        CalibrationError: what was measured of it is not.
+    """
     method = method_named(config.method)
-    weight_OI = linear.weight.detach().float()
-    layer = method.quantize(weight_OI, found.statistics[name], rung.trial)
+    weight_OI = linear_of(found.block, name).weight.detach().float()
+    statistics = found.statistics[name]
+    if not torch.isfinite(weight_OI).all():
+        raise BadWeight(f"block {found.index}, {name}: the weight holds NaN or infinite values")
+    if not (torch.isfinite(statistics.hessian_II).all() and torch.isfinite(found.importance[name]).all()):
+        raise CalibrationError(
+            f"block {found.index}, {name}: inputs or gradients are not finite on the calibration text"
+        )
+    layer = quantize_weight(method, weight_OI, statistics, rung.trial, config.rotation)
     size = method.true_bits(rung.settings, *weight_OI.shape) * weight_OI.numel()
     return Point(size=size, cost=found.cost(name, weight_OI - layer.dequantize().to(weight_OI.device)))

@@ -8,7 +8,9 @@ machine.
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +21,8 @@ from onebit_core.kernels import resolve_device
 from onebit_core.layers import EMBEDDINGS, build_layer
 from onebit_core.layers.embedding import table_spec
 from onebit_core.methods.base import Method
-from onebit_core.model.blocks import groups_of, linear_names, linear_of
+from onebit_core.model.blocks import linear_names, linear_of, steps_of
+from onebit_core.model.experts import experts_in
 from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.allocation import MOST_SAMPLES, MOST_TOKENS, average_bits, ladder_of
 from onebit_core.pipeline.config import QuantizeConfig
@@ -67,12 +70,24 @@ def forecast(original: OriginalModel, plan: Plan, config: QuantizeConfig) -> For
     total = round(bits * weights / 8) + _other_bytes(original, config)
     return Forecast(
         linear_true_bits=bits,
-        linear_nominal_bits=plan.method.nominal_bits(settings),
+        linear_nominal_bits=_nominal_bits(plan.method, config, bits, shapes),
         whole_model_bits=8 * total / original.num_parameters,
         artifact_bytes=total,
         memory=plan.memory,
         seconds=_seconds(original, plan, config, Counter(shapes)),
     )
+
+
+def _nominal_bits(method: Method, config: QuantizeConfig, bits: float, shapes: Sequence[tuple[int, int]]) -> float:
+    """Return the advertised bits; of bits that are spread, what lies between those of the two nearest rungs."""
+    if config.bits is None:
+        return method.nominal_bits(config.method_settings())
+    rungs = [rung.settings for rung in ladder_of(config, shapes)]
+    steps = sorted((average_bits(method, settings, shapes), method.nominal_bits(settings)) for settings in rungs)
+    for (low, below), (high, above) in pairwise(steps):
+        if low <= bits <= high and low < high:
+            return below + (above - below) * (bits - low) / (high - low)
+    return steps[0][1]
 
 
 def _shapes(original: OriginalModel) -> list[tuple[int, int]]:
@@ -126,7 +141,7 @@ def _seconds(
         return {**seconds, "quantize": decide}
     rate = _products_a_second(original.config.get_text_config().hidden_size, config.calibration.tokens, device)
     tokens = config.calibration.samples * config.calibration.tokens
-    one_pass = BESIDE_PRODUCTS * 2 * tokens * sum(rows * columns for rows, columns in shapes.elements()) / rate
+    one_pass = BESIDE_PRODUCTS * 2 * tokens * _weights_a_token(original) / rate
     if config.bits is not None:
         share = min(MOST_SAMPLES * MOST_TOKENS / tokens, 1.0)
         seconds["spread"] += (2 + BACKWARD) * share * one_pass
@@ -146,9 +161,9 @@ def _stages(
         product: seconds that all tokens take for one weight of a matrix product.
     """
     block = original.blocks[0]
-    groups = groups_of(block, original.layout)
+    groups = [step[0] for step in steps_of(block, original.layout)]  # of the experts of a step a token sees few
     widths = [linear_of(block, group[0]).in_features for group in groups]
-    partial = (len(groups) + 1) / 2 / len(groups) * min(len(groups), 4)  # statistics run a block up to the group
+    partial = (len(groups) + 1) / 2  # statistics run a block up to the group
     measure = partial * one_pass + len(original.blocks) * product * sum(width**2 for width in widths)
     training = config.reconstruction
     seconds = {"quantize": decide + measure + one_pass}
@@ -163,6 +178,19 @@ def _stages(
         seconds["distill"] = training.distill_epochs * ((2 + BACKWARD) * one_pass + (2 + BACKWARD) * head)
         seconds["distill"] += 2 * (one_pass + 2 * head)
     return seconds
+
+
+def _weights_a_token(original: OriginalModel) -> float:
+    """Return how many weights of the blocks a token is multiplied by: of a mixture, those of the experts it sees."""
+    text = original.config.get_text_config()
+    total = 0.0
+    for block in original.blocks:
+        mixture = experts_in(block)
+        share = 1.0 if mixture is None else text.num_experts_per_tok / len(mixture[1])
+        for name in linear_names(block, original.layout):
+            inside = mixture is not None and name.startswith(f"{mixture[0]}.")
+            total += linear_of(block, name).weight.numel() * (share if inside else 1.0)
+    return total
 
 
 def _size(shape: tuple[int, int]) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from onebit_core.methods import method_named
-from onebit_core.model.blocks import linear_names, linear_of, steps_of
+from onebit_core.model.blocks import groups_of, linear_names, linear_of, steps_of
 from onebit_core.model.experts import experts_in
 from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.allocation import MOST_SAMPLES, MOST_TOKENS
@@ -44,6 +44,7 @@ FORWARD_STATES = 10
 FORWARD_WIDE = 5
 """Of a token's feed-forward states in one block."""
 
+LOGITS_OF_SPREADING = 4
 LOGITS_OF_DISTILLATION = 7
 """Arrays of the size of one window's logits that the divergence and its gradient take."""
 
@@ -94,7 +95,7 @@ class MemoryPlan:
         deciding = max(self.deciding + self.statistics, self.reconstruction)
         return {
             "capture": (self.activations + self.mapped, self.outer + self.forward),
-            "spreading": (self.spreading, (self.outer + self.block + self.statistics) if self.spreading else 0),
+            "spreading": (self.spreading, _spread_computing(self) if self.spreading else 0),
             "blocks": (kept + self.mapped, outer + self.block + self.forward + deciding),
             "distillation": (kept, (outer + self.forward + self.distillation) if self.distillation else 0),
             "writing": (self.packed + self.writing, 0),
@@ -156,6 +157,11 @@ def estimate_memory(
     return plan.with_activations_on_disk() if config.activations == "disk" else plan
 
 
+def _spread_computing(plan: MemoryPlan) -> int:
+    """Return what measuring computes with: a block forward and backward, and layers decided on trial."""
+    return plan.outer + plan.block + plan.statistics + plan.deciding + 2 * plan.forward
+
+
 def _text_config(original: OriginalModel) -> Any:
     return original.config.get_text_config()
 
@@ -185,12 +191,18 @@ def _activations(original: OriginalModel, config: QuantizeConfig) -> int:
 
 
 def _spreading(original: OriginalModel, config: QuantizeConfig) -> int:
-    """Return the bytes of what enters every block, if bits are to be spread over layers."""
+    """Return what measuring takes if bits are to be spread: what enters every block, and all its moments, or logits."""
     if config.bits is None:
         return 0
-    tokens = min(config.calibration.samples, MOST_SAMPLES) * min(config.calibration.tokens, MOST_TOKENS)
-    hidden: int = _text_config(original).hidden_size
-    return FLOAT_BYTES * (len(original.blocks) + 3) * tokens * hidden
+    length = min(config.calibration.tokens, MOST_TOKENS)
+    tokens = min(config.calibration.samples, MOST_SAMPLES) * length
+    text = _text_config(original)
+    block = original.blocks[-1]
+    widths = [linear_of(block, group[0]).in_features for group in groups_of(block, original.layout)]
+    moments = 2 * sum(width**2 for width in widths)  # of all groups at once, sums and means
+    logits: int = LOGITS_OF_SPREADING * length * text.vocab_size
+    kept: int = (len(original.blocks) + 3) * tokens * text.hidden_size
+    return FLOAT_BYTES * (kept + max(moments, logits))
 
 
 def _statistics(original: OriginalModel, block: nn.Module, linears: list[nn.Linear]) -> int:

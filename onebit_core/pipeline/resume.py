@@ -50,7 +50,7 @@ class WorkFolder:
             ) from error
         if found != fingerprint:
             raise ConfigError(
-                f"{folder}: holds blocks of another run (other model, settings or calibration text); "
+                f"{folder}: holds blocks of another run (other model, settings, text, or version of onebit); "
                 "choose another --work-dir, or remove it"
             )
 

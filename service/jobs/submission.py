@@ -134,7 +134,7 @@ def _open_path(text: str, settings: Settings) -> Path | None:
             path = (root / text).resolve()
             if any(path.is_relative_to(allowed) for allowed in roots) and path.exists():
                 return path
-        except (OSError, RuntimeError):  # a name too long, or links in a circle
+        except (OSError, RuntimeError, ValueError):  # too long, links in a circle, half characters
             return None
     return None
 

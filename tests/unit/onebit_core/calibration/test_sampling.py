@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from onebit_core.calibration import sampling
+from onebit_core.calibration.documents import JsonLines
 from onebit_core.calibration.sampling import fingerprint_of, sample_tokens, share_samples
-from onebit_core.calibration.sources import open_source
 from onebit_core.errors import CalibrationError
 from tests.support.tiny_model import byte_tokenizer
 
@@ -68,11 +68,9 @@ def test_the_seed_decides_the_windows_of_a_large_source(tmp_path, large):
 def test_only_what_is_needed_is_read(tmp_path, large, monkeypatch):
     """Of 20,000 documents, a few around each window and the first, to see that it is large."""
     source = numbered(tmp_path / "x.jsonl", 20_000)
-    with open_source(source) as opened:
-        read = []
-        plain = opened._files[0]
-        monkeypatch.setattr(type(plain), "_lines", counted(type(plain)._lines, read))
-        draw(source)
+    read = []
+    monkeypatch.setattr(JsonLines, "_lines", counted(JsonLines._lines, read))
+    draw(source)
     assert len(read) < 200
 
 
@@ -103,10 +101,10 @@ def test_a_long_document_is_entered_anywhere(tmp_path, large):
 
 
 def test_a_large_source_that_is_too_short_is_refused(tmp_path, large):
-    """Too few tokens in a part, or fewer documents than windows."""
+    """Too few tokens in all of it, or fewer documents than windows."""
     source = numbered(tmp_path / "x.jsonl", 40)
-    with pytest.raises(CalibrationError, match=r"tokens in part 1 of 8, too few for a sample of 1000"):
-        draw(source, tokens=1000)
+    with pytest.raises(CalibrationError, match=r"tokens in all, too few for a sample of 100000"):
+        draw(source, tokens=100_000)
     (tmp_path / "two.json").write_text(json.dumps(["a" * 900, "b" * 900]))
     with pytest.raises(CalibrationError, match="2 long documents for 8 samples"):
         draw(str(tmp_path / "two.json"))
@@ -152,3 +150,22 @@ def test_the_model_writes_its_share(tmp_path):
     assert torch.equal(mixed.ids_ST[:1], sample_tokens(byte_tokenizer(), [text], samples=1, **values).ids_ST)
     assert mixed.covers == {text: "text", "self:": "windows"}
     assert mixed.fingerprints["self:"] == fingerprint_of(written_ST)
+
+
+@pytest.mark.parametrize("form", ["one line", "long documents"])
+def test_windows_are_found_where_few_documents_begin(tmp_path, monkeypatch, form):
+    """A part in which no document begins is filled from those that follow, around the end if need be."""
+    monkeypatch.setattr(sampling, "WHOLE_CHARACTERS", 1000)
+    if form == "one line":
+        source = tmp_path / "x.txt"
+        source.write_text(" ".join(str(number) for number in range(4000)))
+    else:
+        source = tmp_path / "x.jsonl"
+        source.write_text("\n".join(json.dumps({"text": f"{number} " * 2000}) for number in range(5)))
+    tokens = sample_tokens(byte_tokenizer(), [str(source)], samples=16, tokens=50, seed=0)
+    assert tokens.ids_ST.shape == (16, 50)
+
+
+def test_weights_may_be_of_any_size():
+    assert share_samples(["a", "b"], 8, [1e308, 1e308]) == [4, 4]
+    assert share_samples(["a", "b"], 8, [3e-300, 1e-300]) == [6, 2]

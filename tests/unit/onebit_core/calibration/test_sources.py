@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import resource
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -154,7 +156,12 @@ def test_a_wrong_field_is_answered_with_the_right_ones(tmp_path):
         ("x.arrow", b"", "not a readable table"),
         ("x.jsonl.gz", b"no gzip", "cannot be read"),
         ("x.txt.gz", gzip.compress(b"words " * 1000)[:-20], "cannot be read"),
-        ("x.json", b"[1, ", "not a JSON array"),
+        ("x.json", b'["a", ', "not a JSON array"),
+        ("x.json", b'["a" "b"]', "expected ','"),
+        ("x.json", b'["a"] "b"', "something stands behind the array"),
+        ("x.json", b'["a", "\\ud800"]', "item 1 holds half a character"),
+        ("x.jsonl", b'{"text": "\\ud800"}', "line 1 holds half a character"),
+        ("x.json", b'["a", 1]', "item 1 is not an object"),
         ("x.json", b"[" * 100_000, "not a JSON array"),
         ("x.jsonl", b'{"text": "\xff"}', "not UTF-8"),
         ("x.txt", b"a\xff", "not UTF-8"),
@@ -240,6 +247,21 @@ def test_long_lines_are_read_in_pieces(tmp_path, monkeypatch):
             rest = "".join(opened.read(first, None))
             assert text.replace("\r\n", "\n").endswith(rest)
             assert len(rest) > 100
+
+
+def test_a_folder_may_hold_more_files_than_a_process_may_open(tmp_path):
+    """Files are open one at a time."""
+    for number in range(200):
+        (tmp_path / f"{number:04}.txt").write_text(f"text {number}")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, limits[1]))
+    try:
+        with open_source(str(tmp_path)) as opened:
+            assert opened.size > 200
+            assert sum(text.count("text") for text in opened.read(0, opened.size)) == 200
+        assert read_text(str(tmp_path)).endswith("text 199")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_reading_without_pyarrow_names_the_extra(tmp_path):

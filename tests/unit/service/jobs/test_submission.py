@@ -29,6 +29,7 @@ def submission(**changes):
         "calibration": {},
         "reconstruction": {},
         "bits": None,
+        "rotation": "off",
         "embedding_bits": 16,
         "name": "small",
         "evaluation": None,
