@@ -50,7 +50,7 @@ class WorkFolder:
             ) from error
         if found != fingerprint:
             raise ConfigError(
-                f"{folder}: holds blocks of another run (other model, settings, text, or version of onebit); "
+                f"{folder}: holds blocks of another run (other model, settings, calibration text or version); "
                 "choose another --work-dir, or remove it"
             )
 
