@@ -235,11 +235,10 @@ def _digits(value: float) -> float:
 
 def _without_folders(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """Name calibration texts by file name: the folders they lie in mean nothing elsewhere."""
-    texts = [Path(text).name for text in calibration.get("text", [])]
-    fingerprints = calibration.get("fingerprints")
-    if isinstance(fingerprints, Mapping):
-        fingerprints = {Path(text).name: value for text, value in fingerprints.items()}
-    changed = {"text": texts, "fingerprints": fingerprints}
+    changed: dict[str, Any] = {"text": [Path(text).name for text in calibration.get("text", [])]}
+    for key, value in calibration.items():
+        if isinstance(value, Mapping):  # by text
+            changed[key] = {Path(text).name: one for text, one in value.items()}
     return {key: changed.get(key, value) for key, value in calibration.items()}
 
 
