@@ -121,7 +121,8 @@ def _quantized(row: Row, options: argparse.Namespace, device: str, watch: Watch)
     config = _config_of(row, options, device)
     if out.exists():
         manifest = read_manifest(out)
-        wanted = config.calibration.to_dict() if manifest.calibration else {}
+        asked = config.calibration.to_dict() if manifest.calibration else {}
+        wanted = {key: value for key, value in asked.items() if value is not None}
         found = {key: manifest.calibration.get(key) for key in wanted}
         trained = config.reconstruction.to_dict() if config.reconstruction.enabled else {}
         made = (manifest.settings, found, manifest.reconstruction, manifest.allocation.get("bits"))
@@ -137,7 +138,9 @@ def _quantized(row: Row, options: argparse.Namespace, device: str, watch: Watch)
 
 def _config_of(row: Row, options: argparse.Namespace, device: str) -> QuantizeConfig:
     """Return what a row means under the given options."""
-    calibration: dict[str, Any] = {"samples": options.samples, "tokens": options.tokens, "seed": options.seed}
+    calibration: dict[str, Any] = {"tokens": options.tokens, "seed": options.seed}
+    if options.samples:
+        calibration["samples"] = options.samples
     if options.calibration:
         calibration["text"] = options.calibration
     return QuantizeConfig(
@@ -269,7 +272,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--windows", action="append", default=[], metavar="NAME=COUNT", help="default: all of a text")
     parser.add_argument("--window-tokens", type=int, default=2048)
     parser.add_argument("--calibration", action="append", default=[], metavar="FILE", help="default: builtin text")
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, help="Calibration windows; default: what is usual for a row's preset.")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--embedding-bits", type=int, choices=(4, 8, 16), default=16)

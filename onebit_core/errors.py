@@ -53,6 +53,10 @@ class CalibrationError(OnebitError):
     """The calibration text is missing, unreadable or too short, or there is no room for what it makes."""
 
 
+class TooLittleText(CalibrationError):
+    """The calibration text is too short for the windows wanted."""
+
+
 class EvaluationError(OnebitError):
     """The evaluation text cannot be used."""
 

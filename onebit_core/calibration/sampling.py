@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from onebit_core.calibration.sources import SELF, OpenSource, open_source
-from onebit_core.errors import CalibrationError
+from onebit_core.errors import CalibrationError, TooLittleText
 
 WHOLE_CHARACTERS = 1 << 24
 """Sources up to this size are tokenized whole: about 4 Mi tokens, which takes seconds and half a gigabyte."""
@@ -55,6 +55,11 @@ class CalibrationTokens:
     covers: dict[str, Covers]
 
 
+def evenly(samples: int, most: int) -> Tensor:
+    """Return the places of at most so many samples, spread evenly over all from the first to the last: int64 [S]."""
+    return torch.linspace(0, samples - 1, min(samples, most), dtype=torch.float64).round().long()
+
+
 def sample_tokens(
     tokenizer: Any,
     sources: Sequence[str],
@@ -77,7 +82,8 @@ def sample_tokens(
         write: writes the windows of the source `self:`.
 
     Raises:
-        CalibrationError: a source is missing, or too short for its share, or its share is no sample at all.
+        CalibrationError: a source is missing, or its share is no sample at all.
+        TooLittleText: a source is too short for its share.
     """
     generator = torch.Generator().manual_seed(seed)
     windows: list[Tensor] = []
@@ -138,7 +144,7 @@ def _cut(tokenizer: Any, source: str, text: str, size: tuple[int, int], generato
     share, tokens = size
     ids = torch.tensor(_ids_of(tokenizer, text), dtype=torch.int64)
     if len(ids) < share * tokens:
-        raise CalibrationError(
+        raise TooLittleText(
             f"{source}: {len(ids)} tokens are too few for {share} samples of {tokens} tokens "
             f"({share * tokens}); give more text, or ask for fewer or shorter samples"
         )
@@ -152,7 +158,7 @@ def _spread(tokenizer: Any, opened: OpenSource, size: tuple[int, int], generator
     """Read one window at a random place of each of `share` equal parts of a source."""
     share, tokens = size
     if opened.size < share:
-        raise CalibrationError(
+        raise TooLittleText(
             f"{opened.name}: {opened.size} long documents for {share} samples; ask for at most {opened.size} samples, "
             "or save the documents as text files"
         )
@@ -164,7 +170,7 @@ def _spread(tokenizer: Any, opened: OpenSource, size: tuple[int, int], generator
         around = chain(opened.read(start), ["\n\n"], opened.read(0, start))
         ids = _fill(tokenizer, _enter(around, ROOM_CHARACTERS * tokens, generator), tokens)
         if len(ids) < tokens:
-            raise CalibrationError(
+            raise TooLittleText(
                 f"{opened.name}: {len(ids)} tokens in all, too few for a sample of {tokens}; "
                 "give more text, or ask for fewer or shorter samples"
             )

@@ -43,7 +43,9 @@ def quantize(
     ] = None,
     calibration: Calibration = None,
     calibration_weight: CalibrationWeight = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows in all. Default: 32.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration windows in all. Default: 32; to reconstruct light 64, full 256.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens per calibration window. Default: 1024.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the windows. Default: 0.")] = None,
     bits: Bits = None,

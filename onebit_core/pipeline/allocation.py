@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from onebit_core.calibration.sampling import evenly
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ArtifactError, BadWeight, CalibrationError, ConfigError, CorruptArtifact, first_line
 from onebit_core.methods import METHODS, Method, method_named
@@ -269,9 +270,7 @@ def _write(file: Path, allocation: Allocation) -> None:
 
 def _few(ids_ST: Tensor) -> Tensor:
     """Return the first tokens of a few samples, evenly over all."""
-    samples = len(ids_ST)
-    places = torch.linspace(0, samples - 1, min(samples, MOST_SAMPLES)).round().long()
-    return ids_ST[places, :MOST_TOKENS]
+    return ids_ST[evenly(len(ids_ST), MOST_SAMPLES), :MOST_TOKENS]
 
 
 def _measure(found: BlockSensitivity, name: str, config: QuantizeConfig, rung: Rung) -> Point:

@@ -5,19 +5,22 @@ bfloat16 on a GPU. What it wrote is kept in the work folder, because it costs mi
 continues must see the same windows on another device too.
 """
 
+import logging
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
-from onebit_core.calibration.sampling import CalibrationTokens, sample_tokens
+from onebit_core.calibration.sampling import CalibrationTokens, WriteSamples, sample_tokens
 from onebit_core.calibration.self_written import WINDOWS_AT_ONCE, write_windows
-from onebit_core.errors import CalibrationError, ConfigError, NotEnoughMemory
+from onebit_core.errors import CalibrationError, ConfigError, NotEnoughMemory, TooLittleText
 from onebit_core.model.loading import OriginalModel, load_original
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.resume import load_written, save_written
 from onebit_core.progress import Watch
+
+_log = logging.getLogger(__name__)
 
 LOGITS_BYTES = 40
 """A logit of one window while the next token is chosen: in the model's dtype, and four times as float64."""
@@ -50,15 +53,7 @@ def calibration_tokens(
                 save_written(work, ids_ST, key)
         return ids_ST
 
-    tokens = sample_tokens(
-        original.tokenizer,
-        calibration.text,
-        samples=calibration.samples,
-        tokens=calibration.tokens,
-        seed=calibration.seed,
-        weights=calibration.weights,
-        write=write,
-    )
+    tokens = _drawn(original, config, write)
     rows, largest = original.config.get_text_config().vocab_size, int(tokens.ids_ST.max())
     if largest >= rows:
         raise CalibrationError(
@@ -68,11 +63,36 @@ def calibration_tokens(
     return tokens
 
 
+def _drawn(original: OriginalModel, config: QuantizeConfig, write: WriteSamples) -> CalibrationTokens:
+    """Draw as many windows as were asked for; without a wish, as many as are usual, or half, if the text has fewer."""
+    calibration, (*more, last) = config.calibration, config.sample_counts
+
+    def draw(samples: int) -> CalibrationTokens:
+        return sample_tokens(
+            original.tokenizer,
+            calibration.text,
+            samples=samples,
+            tokens=calibration.tokens,
+            seed=calibration.seed,
+            weights=calibration.weights,
+            write=write,
+        )
+
+    for count in more:
+        try:
+            return draw(count)
+        except TooLittleText as error:
+            _log.warning("%s; trying %d samples", error, count // 2)
+    return draw(last)
+
+
 def calibration_record(config: QuantizeConfig, tokens: CalibrationTokens | None) -> dict[str, object]:
     """Return what the manifest says about calibration; empty if there was none."""
     if tokens is None:
         return {}
-    record = config.calibration.to_dict()
+    used = len(tokens.ids_ST)
+    amounts = {"samples": used, "statistics_samples": min(config.statistics_samples, used)}
+    record = {**config.calibration.to_dict(), **amounts}
     return {**record, "fingerprints": tokens.fingerprints, "fingerprint_covers": dict(tokens.covers)}
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onebit_core.calibration.sampling import evenly
 from onebit_core.calibration.statistics import InputStatistics, StatisticsAccumulator, fast_float32_products
 from onebit_core.errors import CalibrationError
 from onebit_core.model.loading import OriginalModel
@@ -82,9 +83,28 @@ class CapturedInputs:
         hidden_STD: float32 [S, T, D], on the CPU.
         original_STD: what the original has there, likewise; only if `follow_original` was called.
         folder: where activations are kept on disk; None for in memory.
+        recorded: places of the samples that statistics are recorded on.
     """
 
-    def __init__(self, original: OriginalModel, ids_ST: Tensor, device: str, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        original: OriginalModel,
+        ids_ST: Tensor,
+        device: str,
+        folder: Path | None = None,
+        *,
+        recorded: int | None = None,
+    ) -> None:
+        """Run all samples up to the first block.
+
+        Args:
+            original: the model, with what is outside of its blocks loaded.
+            ids_ST: int64 [S, T].
+            device: where blocks are run.
+            folder: for activations on disk.
+            recorded: how many samples statistics are recorded on, evenly over all; None for all of them.
+        """
+        self.recorded = evenly(len(ids_ST), recorded or len(ids_ST)).tolist()
         self.device = device
         self.ids_ST = ids_ST
         self.folder = folder
@@ -94,7 +114,7 @@ class CapturedInputs:
         self._outputs_STD: Tensor | None = None
 
     def statistics(self, block: nn.Module, linear_name: str, first_token_weight: float) -> InputStatistics:
-        """Run all samples up to one linear of a block and return the statistics of its input."""
+        """Run samples up to one linear of a block and return the statistics of its input."""
         linear: Any = block.get_submodule(linear_name)  # a plain linear, or the layer that already took its place
         accumulator = StatisticsAccumulator(
             linear.in_features, first_token_weight=first_token_weight, device=self.device
@@ -109,7 +129,7 @@ class CapturedInputs:
 
     @torch.no_grad()
     def run_up_to(self, block: nn.Module, name: str, record: Callable[[tuple[Tensor, ...]], None]) -> None:
-        """Run all samples one by one up to a module of a block, whose arguments are given to `record`."""
+        """Run the samples to record one by one up to a module of a block, whose arguments are given to `record`."""
 
         def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             del module
@@ -117,9 +137,9 @@ class CapturedInputs:
             raise _StopBlock
 
         with _hooked(block.get_submodule(name), stop):
-            for hidden_TD in self.hidden_STD:
+            for sample in self.recorded:
                 try:
-                    self._run_block(block, hidden_TD)
+                    self._run_block(block, self.hidden_STD[sample])
                 except _StopBlock:
                     continue
 

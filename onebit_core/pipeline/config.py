@@ -9,7 +9,7 @@ from onebit_core.calibration.sources import BUILTIN
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.methods import method_named
-from onebit_core.reconstruction.config import ReconstructionConfig
+from onebit_core.reconstruction.config import STATISTICS_SAMPLES, USUAL_SAMPLES, ReconstructionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,10 @@ class CalibrationConfig(StrictConfig):
     Attributes:
         text: sources (onebit_core.calibration.sources), each once; several are mixed.
         weights: of the sources, in their order: their shares of the windows; none for equal shares.
-        samples: windows in all.
+        samples: windows in all; None for as many as the reconstruction's preset is usually given (USUAL_SAMPLES), or
+            the largest half, quarter or eighth of them that the text has.
+        statistics_samples: windows of them, evenly over all, that statistics are recorded on; None for all, and with
+            reconstruction for at most STATISTICS_SAMPLES.
         tokens: tokens per window.
         seed: of the windows' places, and of text that the model writes; 0 to 2**63 - 1.
         first_token_weight: how much the first token of a window counts in the statistics of attention's inputs.
@@ -27,7 +30,8 @@ class CalibrationConfig(StrictConfig):
 
     text: tuple[str, ...] = (BUILTIN,)
     weights: tuple[float, ...] = ()
-    samples: int = 32
+    samples: int | None = None
+    statistics_samples: int | None = None
     tokens: int = 1024
     seed: int = 0
     first_token_weight: float = 64.0
@@ -45,10 +49,13 @@ class CalibrationConfig(StrictConfig):
             )
         if any(weight <= 0 for weight in self.weights):
             raise ConfigError(f"calibration.weights {list(self.weights)}: each must be positive")
-        if self.samples < 1 or self.tokens < 2:
+        samples = 1 if self.samples is None else self.samples
+        if samples < 1 or self.tokens < 2:
             raise ConfigError(
-                f"calibration: {self.samples} samples of {self.tokens} tokens; at least 1 sample of 2 tokens is needed"
+                f"calibration: {samples} samples of {self.tokens} tokens; at least 1 sample of 2 tokens is needed"
             )
+        if self.statistics_samples is not None and self.statistics_samples < 1:
+            raise ConfigError(f"calibration.statistics_samples {self.statistics_samples}: at least 1 of the samples")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"calibration.seed {self.seed}: from 0 to 2**63 - 1")
         if self.first_token_weight <= 0:
@@ -107,6 +114,22 @@ class QuantizeConfig(StrictConfig):
         """Whether inputs are recorded, so that calibration text is read."""
         needs_statistics = method_named(self.method).needs_statistics(self.method_settings())
         return needs_statistics or self.reconstruction.enabled or self.bits is not None
+
+    @property
+    def sample_counts(self) -> tuple[int, ...]:
+        """How many calibration windows to ask for: the first number that the text has enough for."""
+        if self.calibration.samples is not None:
+            return (self.calibration.samples,)
+        usual = USUAL_SAMPLES[self.reconstruction.preset]
+        return tuple(usual >> halvings for halvings in range(4) if usual >> halvings >= USUAL_SAMPLES["off"])
+
+    @property
+    def statistics_samples(self) -> int:
+        """How many windows statistics are recorded on, at most."""
+        if self.calibration.statistics_samples is not None:
+            return self.calibration.statistics_samples
+        trains = bool(self.reconstruction.epochs)
+        return min(self.sample_counts[0], STATISTICS_SAMPLES) if trains else self.sample_counts[0]
 
     def fingerprint(self) -> str:
         """Return a hash of what decides the result (not of name, device and place of the activations)."""

@@ -28,6 +28,8 @@ from onebit_core.pipeline.allocation import MOST_SAMPLES, MOST_TOKENS, average_b
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.memory import MemoryPlan
 from onebit_core.pipeline.plan import Plan
+from onebit_core.reconstruction.block import LOSS_SAMPLES
+from onebit_core.reconstruction.config import DISTILL_SAMPLES
 
 PROBE_SECONDS = 0.3
 LARGEST_PROBE = 1 << 22
@@ -140,7 +142,7 @@ def _seconds(
     if not plan.calibrated:
         return {**seconds, "quantize": decide}
     rate = _products_a_second(original.config.get_text_config().hidden_size, config.calibration.tokens, device)
-    tokens = config.calibration.samples * config.calibration.tokens
+    tokens = config.sample_counts[0] * config.calibration.tokens
     one_pass = BESIDE_PRODUCTS * 2 * tokens * _weights_a_token(original) / rate
     if config.bits is not None:
         share = min(MOST_SAMPLES * MOST_TOKENS / tokens, 1.0)
@@ -160,23 +162,27 @@ def _stages(
         decide: seconds of the method on all weights.
         product: seconds that all tokens take for one weight of a matrix product.
     """
+    samples = config.sample_counts[0]
     block = original.blocks[0]
     groups = [step[0] for step in steps_of(block, original.layout)]  # of the experts of a step a token sees few
     widths = [linear_of(block, group[0]).in_features for group in groups]
     partial = (len(groups) + 1) / 2  # statistics run a block up to the group
-    measure = partial * one_pass + len(original.blocks) * product * sum(width**2 for width in widths)
+    share = min(config.statistics_samples / samples, 1.0)
+    measure = share * (partial * one_pass + len(original.blocks) * product * sum(width**2 for width in widths))
     training = config.reconstruction
     seconds = {"quantize": decide + measure + one_pass}
     if training.needs_teacher:
         seconds["quantize"] += one_pass
     if training.epochs:
         learned = 1 if training.target == "prefix" else 0
-        seconds["reconstruct"] = (training.epochs * (1 + BACKWARD) + 2 + learned) * one_pass + measure
+        compare = 2 * min(LOSS_SAMPLES / samples, 1.0)
+        seconds["reconstruct"] = (training.epochs * (1 + BACKWARD) + compare + learned) * one_pass + measure
     if training.distill_epochs:
         text = original.config.get_text_config()
         head = product * text.vocab_size * text.hidden_size
-        seconds["distill"] = training.distill_epochs * ((2 + BACKWARD) * one_pass + (2 + BACKWARD) * head)
-        seconds["distill"] += 2 * (one_pass + 2 * head)
+        step = (2 + BACKWARD) * one_pass + (2 + BACKWARD) * head
+        share = min(DISTILL_SAMPLES / samples, 1.0)
+        seconds["distill"] = share * (training.distill_epochs * step + 2 * (one_pass + 2 * head))
     return seconds
 
 

@@ -187,7 +187,7 @@ def _activations(original: OriginalModel, config: QuantizeConfig) -> int:
     if config.reconstruction.epochs and config.reconstruction.target == "prefix":
         copies += 1
     hidden: int = _text_config(original).hidden_size
-    return FLOAT_BYTES * copies * config.calibration.samples * config.calibration.tokens * hidden
+    return FLOAT_BYTES * copies * config.sample_counts[0] * config.calibration.tokens * hidden
 
 
 def _spreading(original: OriginalModel, config: QuantizeConfig) -> int:
@@ -195,7 +195,7 @@ def _spreading(original: OriginalModel, config: QuantizeConfig) -> int:
     if config.bits is None:
         return 0
     length = min(config.calibration.tokens, MOST_TOKENS)
-    tokens = min(config.calibration.samples, MOST_SAMPLES) * length
+    tokens = min(config.sample_counts[0], MOST_SAMPLES) * length
     text = _text_config(original)
     block = original.blocks[-1]
     widths = [linear_of(block, group[0]).in_features for group in groups_of(block, original.layout)]

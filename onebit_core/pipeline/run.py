@@ -161,7 +161,7 @@ def _capture(
         return None
     distills = bool(config.reconstruction.distill_epochs)
     original.load_outer(device, head=distills)
-    captured = CapturedInputs(original, tokens.ids_ST, device, folder)
+    captured = CapturedInputs(original, tokens.ids_ST, device, folder, recorded=config.statistics_samples)
     if config.reconstruction.needs_teacher:
         captured.follow_original()
     if not distills:

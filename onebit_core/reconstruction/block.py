@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from onebit_core.calibration.sampling import evenly
 from onebit_core.layers import QuantizedLinear
 from onebit_core.model.replace import replace_module
 from onebit_core.reconstruction.composed import LATENTS
@@ -26,6 +27,9 @@ from onebit_core.reconstruction.latents import Latent
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 """(block, hidden [B, T, D]) to the block's output [B, T, D]."""
+
+LOSS_SAMPLES = 32
+"""So many, evenly over all, tell whether a block got better."""
 
 ADAM_BETAS = (0.9, 0.95)
 LAST_RATE = 0.1
@@ -47,7 +51,7 @@ def reconstruct_block(
         samples: inputs and the original block's outputs, float32 [S, T, D] each, on the CPU.
         run: runs the block on a batch.
         config: how long and how fast.
-        check: called before every epoch; it may raise to stop, which leaves the block as it was.
+        check: called before every step; it may raise to stop, which leaves the block as it was.
 
     Returns:
         The loss before and after.
@@ -96,8 +100,8 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps))
     draw = torch.Generator().manual_seed(config.seed)
     for _ in range(config.epochs):
-        check()
         for batch in torch.randperm(len(inputs_STD), generator=draw).split(config.batch):
+            check()
             loss = block_loss(run(block, inputs_STD[batch]), targets_STD[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -119,11 +123,11 @@ def block_loss(output_BTD: Tensor, target_BTD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _loss_over(block: nn.Module, samples: tuple[Tensor, Tensor], run: Run, batch: int) -> float:
-    """Return the loss over all samples."""
+    """Return the loss over samples, at most LOSS_SAMPLES of them."""
     inputs_STD, targets_STD = samples
+    places = evenly(len(inputs_STD), LOSS_SAMPLES)
     total = 0.0
-    for start in range(0, len(inputs_STD), batch):
-        span = slice(start, start + batch)
-        output = run(block, inputs_STD[span])
-        total += float(block_loss(output, targets_STD[span])) * len(output)
-    return total / len(inputs_STD)
+    for part in places.split(batch):
+        output = run(block, inputs_STD[part])
+        total += float(block_loss(output, targets_STD[part])) * len(part)
+    return total / len(places)

@@ -1,7 +1,7 @@
 """ReconstructionConfig: how long and how fast blocks are trained.
 
-One epoch costs about four forward passes of the model over the calibration text: for a model of 135M parameters, 32
-windows of 1024 tokens and two CPU cores some three minutes.
+One epoch costs about four forward passes of the model over the calibration text. For the same cost, one epoch of much
+text is better than several of little, which is learned by heart; so a preset also says how much text is usual.
 """
 
 import math
@@ -22,10 +22,19 @@ class _Amount(NamedTuple):
 
 PRESETS = {
     "off": _Amount(0, 0.0, 0.0, 0, 0.0),
-    "light": _Amount(2, 1e-2, 5e-3, 0, 0.0),
-    "full": _Amount(8, 1e-2, 5e-3, 2, 2e-3),
+    "light": _Amount(1, 1e-2, 5e-3, 0, 0.0),
+    "full": _Amount(1, 1e-2, 5e-3, 1, 2e-3),
 }
 """Preset to epochs and learning rates."""
+
+USUAL_SAMPLES = {"off": 32, "light": 64, "full": 256}
+"""Preset to calibration windows, where the configuration does not say and the text has as many."""
+
+STATISTICS_SAMPLES = 32
+"""Of more windows than these, so many are enough for statistics; training reads all."""
+
+DISTILL_SAMPLES = 64
+"""So many windows, evenly over all, the scales are trained on at the end: a fraction of a bit has little to learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +42,12 @@ class ReconstructionConfig(StrictConfig):
     """Training of each block after its layers were quantized; what is left out is the preset's.
 
     Attributes:
-        preset: off, light (two epochs) or full (eight).
+        preset: off, light (one epoch, usually of 64 windows) or full (of 256, and a distillation).
         epochs: passes over the calibration samples.
         latent_rate: Adam's step for signs and codes, relative to their mean magnitude or step.
         scale_rate: Adam's step for scales and levels, relative to their size.
-        distill_epochs: passes in which the scales of all layers together learn the original's logits.
+        distill_epochs: passes over at most DISTILL_SAMPLES of them, in which the scales of all layers together learn
+            the original's logits.
         distill_rate: Adam's step for them, relative to their size.
         target: what a block learns: the original block's output on the inputs the original would have had there
             (`original`), which makes up for the error of earlier blocks, or on the same inputs (`prefix`).

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from onebit_core.calibration.sampling import evenly
 from onebit_core.layers import quantized_layers
 from onebit_core.model.replace import replace_module
 from onebit_core.reconstruction.block import ADAM_BETAS, cosine
 from onebit_core.reconstruction.composed import LATENTS
-from onebit_core.reconstruction.config import ReconstructionConfig
+from onebit_core.reconstruction.config import DISTILL_SAMPLES, ReconstructionConfig
 from onebit_core.reconstruction.latents import Latent
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def distill_scales(
     """
     assert config.distill_epochs is not None
     assert config.distill_rate is not None
-    ids_ST, hidden_STD = samples
+    places = evenly(len(samples[0]), DISTILL_SAMPLES)
+    ids_ST, hidden_STD = samples = (samples[0][places], samples[1][places])
     model.requires_grad_(requires_grad=False)
     with trainable(blocks) as latents, _recomputed(blocks):
         optimizer = torch.optim.Adam(

@@ -13,7 +13,7 @@ Shape suffixes: P = planes, O = output features, I = input features, G = groups,
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,22 @@ LARGEST_REST = 0.45
 """How near to the next code a latent may start, in steps."""
 
 
+class _SignThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor) -> Tensor:
+        del ctx
+        return latent.ge(0).to(latent.dtype).mul_(2).sub_(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        del ctx
+        return gradient
+
+
 def sign_through(latent: Tensor) -> Tensor:
     """Return +1 and -1, with the gradient of the identity; the sign of zero is +1."""
-    return torch.where(latent < 0, -1.0, 1.0) + (latent - latent.detach())
+    signs: Tensor = _SignThrough.apply(latent)  # type: ignore[no-untyped-call]  # torch's
+    return signs
 
 
 class Latent(nn.Module, ABC):

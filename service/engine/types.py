@@ -16,33 +16,100 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Grammar:
+    """What a completion's text must be, in a form that xgrammar compiles.
+
+    Attributes:
+        kind: "json_object" (any JSON object), "json_schema", "regex" or "ebnf" (GBNF's dialect).
+        text: the schema as JSON, the expression, or the grammar; empty for json_object.
+    """
+
+    kind: str
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How one completion is drawn.
 
+    Logits are changed in this order: grammar and min_tokens forbid tokens; repetition, frequency and presence
+    penalties; logit_bias; then temperature, min_p, top_k and top_p. Log probabilities are those of the raw logits.
+
     Attributes:
-        max_tokens: most tokens to generate, at least 1.
+        max_tokens: most tokens to generate; 0 only with prompt_logprobs, which then are all there is.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: draw from the fewest tokens whose probabilities reach this mass.
+        top_k: draw from this many most probable tokens; 0 for all.
+        min_p: draw from tokens at least this share as probable as the most probable one.
+        frequency_penalty: subtracted from a token's logit for every time it was generated.
+        presence_penalty: subtracted once if it was generated at all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or completion
+            (arXiv:1909.05858, section 4.1); 1 changes nothing.
+        logit_bias: (token id, what is added to its logit), each id once.
+        min_tokens: before so many are generated, neither end-of-sequence tokens nor stop_token_ids are drawn, and no
+            stop text ends the completion.
         seed: equal seeds give equal draws, whatever else is in the batch; None takes one from the system.
-        stop: texts that end the completion and are not returned.
+        stop: texts that end the completion and are not returned, unless include_stop.
+        include_stop: return the stop text that ended it.
+        stop_token_ids: tokens that end the completion like an end-of-sequence token; ignore_eos leaves them.
         ignore_eos: go on to max_tokens through end-of-sequence tokens (benchmarks).
+        logprobs: report the log probability of every drawn token and of so many most probable ones; None for none.
+        prompt_logprobs: the same for the prompt's tokens.
+        grammar: what the text must be; None for anything.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """One prompt to continue once; n completions of a prompt are n requests with n ids and n seeds."""
+    """One prompt to continue once; n completions of a prompt are n requests with n ids and n seeds.
+
+    Attributes:
+        request_id: unique among the open ones.
+        prompt_token_ids: at least one.
+        sampling: how the completion is drawn.
+        priority: lower ones are computed first; of equal ones, the one that came first.
+        cache_salt: only requests with equal salts share cached prompt pages.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position, in nats, of the model's raw logits.
+
+    Attributes:
+        token_id: the token that stands there.
+        logprob: its log probability.
+        top: the most probable tokens with theirs, the most probable first; as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +125,10 @@ class TokenEvent:
         num_prompt_tokens: tokens of the prompt.
         num_generated_tokens: tokens generated so far, these included.
         queue_seconds: time from arrival in the engine to the first step, in the first event; None afterwards.
+        logprobs: one for each of token_ids, if they were asked for.
+        prompt_logprobs: one for each token of the prompt, in the first event, if they were asked for; the first is
+            None, for nothing comes before it.
+        num_cached_tokens: tokens of the prompt whose keys and values were in the cache already, in the first event.
     """
 
     request_id: str
@@ -68,6 +139,9 @@ class TokenEvent:
     num_prompt_tokens: int
     num_generated_tokens: int
     queue_seconds: float | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +155,8 @@ class EngineStats:
         num_preemptions: how often a sequence gave its pages back and was computed again.
         num_steps: steps run.
         num_failed_steps: steps that ended in an exception.
+        prefix_cache_queries: prompt tokens looked up in the prefix cache.
+        prefix_cache_hits: those found there.
         iteration_tokens: tokens computed in the latest step; 0 when nothing was run.
     """
 
@@ -90,6 +166,8 @@ class EngineStats:
     num_preemptions: int = 0
     num_steps: int = 0
     num_failed_steps: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     iteration_tokens: int = 0
 
 

@@ -25,6 +25,9 @@ class CalibrationBody(StrictBody):
         default=None, max_length=64, description="Shares of the texts, in their order; by default equal."
     )
     samples: int | None = Field(default=None, ge=1, le=65536, description="Windows of text.")
+    statistics_samples: int | None = Field(
+        default=None, ge=1, le=65536, description="Windows of them that statistics are recorded on."
+    )
     tokens: int | None = Field(default=None, ge=2, le=65536, description="Tokens in a window.")
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     first_token_weight: float | None = Field(
