@@ -1,4 +1,7 @@
-"""The ops and the bit layout; the only kernel module other packages import from."""
+"""The ops and the bit layout: what other packages import of the kernels.
+
+The server's engine besides takes what works on its pages from where it is: `cpu.decoder`, `triton.paged_attention`.
+"""
 
 from onebit_core.kernels.backends import (
     BACKENDS,

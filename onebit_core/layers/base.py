@@ -125,6 +125,20 @@ class QuantizedLinear(nn.Module, ABC):
         """Multiply together with the other linears that read the same input, from now on."""
         self._packed, self._shared = (), (shared, place)
 
+    @property
+    def shared_input(self) -> SharedInput | None:
+        """The product that this layer is a part of, if it multiplies together with others."""
+        return None if self._shared is None else self._shared[0]
+
+    def products(self) -> tuple[Packed, ...]:
+        """Return what a packed backend multiplies x with, one after the other, for callers that multiply themselves.
+
+        Empty where that is not all: for a part of a shared product, and a layer whose parts multiply on their own.
+        """
+        if packs(self.backend) and self._shared is None:
+            self.pack()
+        return self._packed
+
     def packed_bytes(self) -> int:
         """Return the bytes of the weight as packed for a backend; a shared product counts at its first member."""
         if self._shared is not None:

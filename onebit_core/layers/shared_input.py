@@ -48,6 +48,11 @@ class SharedInput:
         return share
 
     @property
+    def packed(self) -> Packed:
+        """All rows, in the order of the members."""
+        return self._packed
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the packed weight."""
         return self._packed.num_bytes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from onebit_core.errors import KernelError
 from onebit_core.kernels.cpu.library import check, load, why_missing
-from onebit_core.kernels.cpu.pack import ALIGNMENT, empty_bytes, pack
+from onebit_core.kernels.cpu.pack import aligned, pack
 
 __all__ = ["describe", "matmul", "pack", "why_unavailable"]
 
@@ -46,15 +46,6 @@ def _library() -> ctypes.CDLL:
     return load()
 
 
-def _aligned(blob: Tensor) -> Tensor:
-    """Return the blob where the kernels can read it: a copy that torch made elsewhere may have lost its alignment."""
-    if blob.data_ptr() % ALIGNMENT == 0:
-        return blob
-    copy = empty_bytes(blob.numel())
-    copy.copy_(blob)
-    return copy
-
-
 def matmul(x: Tensor, parts: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
     """Multiply by a packed weight.
 
@@ -79,7 +70,7 @@ def matmul(x: Tensor, parts: Sequence[Tensor], layout: Sequence[int]) -> Tensor:
             f"bfloat16 or float16 [T, {layout[1]}] on the CPU, last dimension contiguous"
         )
     y = torch.empty((num_tokens, layout[0]), dtype=x.dtype, device=x.device)
-    blob = _aligned(parts[0])
+    blob = aligned(parts[0])
     status = library.ob_matmul(
         blob.data_ptr(),
         blob.numel(),

@@ -24,7 +24,7 @@ import torch  # noqa: F401  # first: it loads the libgomp.so.1 that the library 
 
 from onebit_core.errors import BackendUnavailable, KernelError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """The ob_version() that this code speaks with: functions, arguments and the layout of packed weights."""
 
 PATH = Path(__file__).with_name("_onebit_cpu.so")
@@ -44,6 +44,7 @@ FUNCTIONS = {
     "ob_pack_size": (_int64, (_pointer, _int64)),
     "ob_pack": (_int, (_pointer, _int64, _pointer, _int64, _int)),
     "ob_matmul": (_int, (_pointer, _int64, _int64, _int64, _pointer, _int, _int64, _int64, _pointer, _int)),
+    "ob_decode": (_int, (_pointer, _int64, _pointer, _int)),
 }
 
 

@@ -47,6 +47,15 @@ def empty_bytes(size: int) -> Tensor:
     return room.narrow(0, -room.data_ptr() % ALIGNMENT, size)
 
 
+def aligned(blob: Tensor) -> Tensor:
+    """Return the blob where the kernels can read it: a copy that torch made elsewhere may have lost its alignment."""
+    if blob.data_ptr() % ALIGNMENT == 0:
+        return blob
+    copy = empty_bytes(blob.numel())
+    copy.copy_(blob)
+    return copy
+
+
 def _term_fields(term: PlaneTerm, address: _Addresses, rows: int, columns: int) -> list[int]:
     num_planes = term.words_QOW.shape[0]
     num_rows, _, num_groups = term.coefficient_COG.shape

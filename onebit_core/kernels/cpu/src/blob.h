@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 enum {
-    OB_VERSION = 2,
+    OB_VERSION = 3,
     OB_TILE = 64,             /* rows of a supertile */
     OB_BLOCK = 32,            /* columns of a block */
     OB_BLOCK_BYTES = 256,     /* one plane of 64 x 32 bits; also the tables of 32 columns */

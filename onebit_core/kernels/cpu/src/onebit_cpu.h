@@ -58,7 +58,7 @@ typedef struct {
     int64_t binary_code;   /* 1: plane q counts 2^q inside of one code */
 } ob_term;
 
-/* The version of this ABI and of the blob: 2. */
+/* The version of this ABI and of the blob: 3. */
 OB_API int ob_version(void);
 
 /* What a status means, one English sentence; never NULL. */
@@ -90,5 +90,54 @@ OB_API int ob_pack(const int64_t *operands, int64_t length, void *blob, int64_t 
  * most `threads` threads work, and only where waking them costs less than it saves. */
 OB_API int ob_matmul(const void *blob, int64_t blob_bytes, int64_t rows, int64_t columns, const void *x, int dtype,
                      int64_t tokens, int64_t x_stride, void *y, int threads);
+
+/* All decoder blocks of a model of the Llama family over one step of a paged KV cache, float32. Like ob_operands these
+ * are runs of int64; fields named *_p are addresses, 0 where the part is missing. */
+typedef struct {
+    int64_t blob_p, blob_bytes, rows, columns; /* as ob_matmul takes them; blob_p 0: nothing */
+} ob_link;
+
+typedef struct {
+    ob_link links[2]; /* the second multiplies what the first gave */
+} ob_chain;
+
+typedef struct {
+    int64_t input_norm_p, post_norm_p; /* float32 [D] */
+    int64_t q_norm_p, k_norm_p;        /* float32 [head_dim]; of each head before its rotation */
+    int64_t window;                    /* a token looks at so many keys at most, its own among them; 0: at all */
+    ob_chain q, k, v, o, gate, up, down; /* where k is missing, q has the rows of k and v below its own; gate and up
+                                            likewise */
+} ob_decoder_layer;
+
+typedef struct {
+    int64_t num_layers, hidden, num_heads, num_kv_heads, head_dim, inner;
+    int64_t final_norm_p; /* float32 [D] */
+    int64_t norm_eps_p;   /* double */
+    int64_t scaling_p;    /* double: of queries */
+} ob_decoder;             /* num_layers times ob_decoder_layer follow at once */
+
+/* Consecutive tokens of one sequence in a step. */
+typedef struct {
+    int64_t first, count; /* rows of the step */
+    int64_t start;        /* position of the first in its sequence: it looks at start + 1 keys */
+    int64_t pages;        /* where its page table begins in `pages` */
+} ob_run;
+
+typedef struct {
+    int64_t tokens, num_runs, num_out;
+    int64_t hidden_p;         /* float32 [tokens, D]: the embeddings; undefined afterwards */
+    int64_t cos_p, sin_p;     /* float32 [tokens, head_dim] */
+    int64_t keys_p, values_p; /* float32 [layers, pages, key heads, head_dim, 16] and [..., 16, head_dim] */
+    int64_t layer_stride;     /* floats from layer to layer */
+    int64_t slots_p;          /* int64 [tokens]: page * 16 + place in it */
+    int64_t runs_p;           /* ob_run [num_runs] */
+    int64_t pages_p;          /* int64 */
+    int64_t out_rows_p;       /* int64 [num_out] */
+    int64_t out_p;            /* float32 [num_out, D]: final norm of those rows */
+} ob_decoder_step;
+
+/* Run the blocks: write the tokens' keys and values, and the normalized last hidden states of some rows. `length` counts
+ * the int64 fields of `decoder`. head_dim is a multiple of 16. */
+OB_API int ob_decode(const int64_t *decoder, int64_t length, const int64_t *step, int threads);
 
 #endif

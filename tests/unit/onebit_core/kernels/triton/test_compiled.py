@@ -15,6 +15,7 @@ from onebit_core.kernels.triton import tiles
 from onebit_core.kernels.triton.byte_gemm import byte_gemm
 from onebit_core.kernels.triton.dequantize import dequantize_bytes, dequantize_planes, scale_tokens
 from onebit_core.kernels.triton.int8_gemm import int8_gemm, quantize_tokens
+from onebit_core.kernels.triton.paged_attention import KEYS_AT_ONCE, attend_split, join_splits
 from onebit_core.kernels.triton.sign_gemm import sign_gemm
 from onebit_core.kernels.triton.sparse import scatter_rows, sparse_rows
 from tests.support.triton_compile import compile_kernel
@@ -143,3 +144,20 @@ SMALL_KERNELS = {
 def test_small_kernels_compile_without_spills(name):
     kernel, types, constants, warps = SMALL_KERNELS[name]
     assert compile_kernel(kernel, 90, types, constants, warps=warps).count("LDL", "STL") == 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_paged_attention_uses_the_tensor_core_and_no_local_memory(architecture, dtype):
+    """Both products of a split in matrix instructions (float32 is exact, so not there); registers suffice."""
+    shape = {"KEY_HEADS": 8, "GROUP": 4, "ROWS": 16, "DIM": 128, "COLUMNS": 128, "SPLIT": 256}
+    cut = {"PAGE": 16, "AT_ONCE": KEYS_AT_ONCE[4 if dtype == "fp32" else 2], "HAS_CAP": 0}
+    sums = dict.fromkeys(("top_ptr", "sum_ptr", "part_ptr"), "*fp32") | {"scale": "fp32", "cap": "fp32"}
+    data = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "y_ptr"), f"*{dtype}")
+    types = {**sums, **data, "table_ptr": "*i64", "length_ptr": "*i32"}
+    split = compile_kernel(attend_split, architecture, types, shape | cut, stages=2)
+    join = compile_kernel(join_splits, architecture, types, shape)
+    assert split.shared_bytes <= SHARED_LIMIT[architecture]
+    assert split.count("LDL", "STL") == join.count("LDL", "STL") == 0
+    if dtype != "fp32":
+        assert split.matrix_instructions >= 8

@@ -1,4 +1,4 @@
-"""Runs `interpreter_cases.py` under Triton's interpreter, in a process of its own."""
+"""Runs the cases of this folder under Triton's interpreter, in processes of their own."""
 
 import os
 import subprocess
@@ -9,14 +9,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("interpreter_cases.py")
+CASES = ("interpreter_cases.py", "paged_attention_cases.py")
 ROOT = Path(__file__).resolve().parents[5]
 
 
-def test_kernels_compute_what_the_dense_weight_computes():
-    """Every structure, odd shapes, groups, tiles and splits; see the file."""
+@pytest.mark.parametrize("cases", CASES)
+def test_kernels_compute_what_plain_torch_computes(cases):
+    """Every structure, odd shapes, groups, tiles, pages and splits; see the file."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(cases))],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
