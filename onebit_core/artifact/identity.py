@@ -1,11 +1,42 @@
 """Reads what an artifact says about itself, without its weights: no tensors, no torch, milliseconds."""
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from onebit_core.artifact.manifest import FORMAT_VERSION, MANIFEST_FILE, REPORT_FILE, Manifest, Report
 from onebit_core.errors import ArtifactError, ConfigError, CorruptArtifact, UnsupportedFormat
+
+
+class ModelKind(StrEnum):
+    """What a path holds."""
+
+    ARTIFACT = "artifact"  # a folder that onebit wrote
+    FOLDER = "folder"  # an original: a Hugging Face folder
+    GGUF = "gguf"  # an original in one file
+
+
+def kind_of(path: str | Path) -> ModelKind:
+    """Say what a path holds, by the names of its files and no more.
+
+    Raises:
+        UnsupportedFormat: neither an artifact nor an original, or an artifact without its manifest.
+    """
+    place = Path(path)
+    if place.is_file() and place.suffix == ".gguf":
+        return ModelKind.GGUF
+    if (place / MANIFEST_FILE).is_file():
+        return ModelKind.ARTIFACT
+    if not (place / "config.json").is_file():
+        raise UnsupportedFormat(
+            f"{path}: not an onebit artifact ({MANIFEST_FILE} is missing), nor an original (a folder with config.json, "
+            "or a .gguf file)"
+        )
+    config = _read_json(place, "config.json")
+    if isinstance(config, dict) and config.get("quantization_config"):
+        raise UnsupportedFormat(f"{path}: not an onebit artifact ({MANIFEST_FILE} is missing), and not an original")
+    return ModelKind.FOLDER
 
 
 def read_manifest(path: str | Path) -> Manifest:

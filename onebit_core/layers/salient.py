@@ -127,22 +127,42 @@ class SalientPart(nn.Module):
             CorruptArtifact: it names another number of places than there are codes, a column past the last, or places
                 that are not in row-major order, each once.
         """
-        bitmap = self.spec.index == "bitmap"
-        count = self.places()[0].numel() if bitmap else int(self._counts().sum())
-        if count == self.spec.count:
-            rows, columns = self.places()
-            order = rows * self.in_features + columns
-            inside = bitmap or int(self.get_buffer("columns").max()) < self._block_width
-            if not inside or not bool((order.diff() > 0).all()):
-                raise CorruptArtifact(
-                    f"the salient index of a {self.out_features} x {self.in_features} matrix names places out of "
-                    "order, twice, or outside of their block"
-                )
-        if count != self.spec.count or int(self.places()[1].max()) >= self.in_features:
+        if self.spec.index == "bitmap":  # in order and inside of the matrix by its nature
+            count = int(unpack_bits(self.get_buffer("bitmap"), self.in_features).sum())
+            past_the_last = False
+        else:
+            counts_OB = self._counts()
+            count = int(counts_OB.sum())
+            past_the_last = count == self.spec.count and self._leads_outside(counts_OB)
+        if count != self.spec.count or past_the_last:
             raise CorruptArtifact(
                 f"the salient index names {count} places of a {self.out_features} x {self.in_features} matrix for "
                 f"{self.spec.count} codes, or columns outside of it"
             )
+
+    def _leads_outside(self, counts_OB: Tensor) -> bool:
+        """Whether an index of as many places as there are codes names a column past the last.
+
+        Places in row-major order, each once, are blocks in order and in each of them columns that grow; so one number
+        for block and column together grows from each place to the next, without rows and columns being written out.
+
+        Raises:
+            CorruptArtifact: they are not in that order.
+        """
+        columns_N, width = self.get_buffer("columns"), self._block_width
+        blocks_N = torch.arange(counts_OB.numel(), dtype=torch.int32, device=columns_N.device)
+        blocks_N = blocks_N.repeat_interleave(counts_OB.flatten(), output_size=self.spec.count)
+        order_N = blocks_N * width + columns_N
+        if int(columns_N.max()) >= width or not bool((order_N[1:] > order_N[:-1]).all()):
+            raise CorruptArtifact(
+                f"the salient index of a {self.out_features} x {self.in_features} matrix names places out of "
+                "order, twice, or outside of their block"
+            )
+        num_blocks = counts_OB.shape[1]
+        in_last_block = self.in_features - (num_blocks - 1) * width
+        if in_last_block >= width:
+            return False
+        return bool((columns_N[blocks_N % num_blocks == num_blocks - 1] >= in_last_block).any())
 
     def values(self, rows: Tensor) -> Tensor:
         """Return the weights, float32 [N], for the rows that `places` gave."""

@@ -2,10 +2,14 @@
 
 The cache is ~/.cache/onebit/originals/<sha256 of the file>; tensors are bfloat16. Conversion dequantizes what the file
 holds, so the "original" of a Q4_1 file is what Q4_1 left.
+
+`python -m onebit_core.model.gguf FILE` converts in a process of its own, whose memory is gone afterwards, and prints
+the folder.
 """
 
 import hashlib
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,16 +35,9 @@ def convert_gguf(file: Path, cache: Path | None = None) -> Path:
         UnsupportedModel: not a GGUF file, or one transformers cannot convert.
         ModelError: the file cannot be read, or the cache cannot be written.
     """
-    try:
-        with file.open("rb") as stream:
-            if stream.read(4) != GGUF_MAGIC:
-                raise UnsupportedModel(f"{file}: does not start like a GGUF file")
-        name = _sha256(file)[:32]
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
-    cache = cache or Path.home() / ".cache" / "onebit" / "originals"
-    folder = cache / name
-    if (folder / "config.json").is_file():
+    folder = converted_folder(file, cache)
+    cache = folder.parent
+    if is_converted(folder):
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -54,6 +51,28 @@ def convert_gguf(file: Path, cache: Path | None = None) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def converted_folder(file: Path, cache: Path | None = None) -> Path:
+    """Return where the model of a GGUF file is kept once it is converted.
+
+    Raises:
+        UnsupportedModel: not a GGUF file.
+        ModelError: the file cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            if stream.read(4) != GGUF_MAGIC:
+                raise UnsupportedModel(f"{file}: does not start like a GGUF file")
+        name = _sha256(file)[:32]
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+    return (cache or Path.home() / ".cache" / "onebit" / "originals") / name
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder that `converted_folder` named is there; it appears complete."""
+    return (folder / "config.json").is_file()
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -81,3 +100,10 @@ def _dense() -> dict[str, Any]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{convert_gguf(Path(sys.argv[1]))}\n")
+    except ModelError as error:
+        sys.exit(str(error))

@@ -44,7 +44,7 @@ class OriginalModel:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.config = read_config(folder)
-        self.architecture = _architecture(self.config, folder)
+        self.architecture = architecture_of(self.config, folder)
         self.layout: BlockLayout = layout_of(self.architecture)
         self.store = WeightStore(folder)
         self.tokenizer = read_tokenizer(folder)
@@ -226,8 +226,12 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def _architecture(config: Any, folder: Path) -> str:
-    """Return the name of the model's class, as config.json gives it."""
+def architecture_of(config: Any, folder: Path) -> str:
+    """Return the name of the model's class, as config.json gives it.
+
+    Raises:
+        UnsupportedModel: it gives none.
+    """
     match getattr(config, "architectures", None):
         case [str(name), *_]:
             return name

@@ -9,7 +9,7 @@ progresses rests on it.
 
 from dataclasses import dataclass
 
-from service.engine.kv_cache import KVCache
+from service.engine.kv_cache import KV_CACHES
 from service.engine.model_shape import ModelShape
 from service.engine.types import EngineConfig
 from service.errors import EngineStartFailed
@@ -31,7 +31,7 @@ def plan_capacity(shape: ModelShape, config: EngineConfig) -> Capacity:
         EngineStartFailed: the asked context is longer than the model's or than the pool, the pool holds less than
             a page, or nobody says how long a sequence may be.
     """
-    page_bytes = KVCache.page_bytes(
+    page_bytes = KV_CACHES[config.kv_cache_dtype].page_bytes(
         num_layers=shape.num_layers,
         page_size=config.page_size,
         num_kv_heads=shape.num_kv_heads,

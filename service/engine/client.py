@@ -170,6 +170,8 @@ class EngineClient:
             num_preemptions=gone.num_preemptions + report.stats.num_preemptions,
             num_steps=gone.num_steps + report.stats.num_steps,
             num_failed_steps=gone.num_failed_steps + report.stats.num_failed_steps,
+            prefix_cache_queries=gone.prefix_cache_queries + report.stats.prefix_cache_queries,
+            prefix_cache_hits=gone.prefix_cache_hits + report.stats.prefix_cache_hits,
         )
         for event in report.events:
             stream = self._streams.get(event.request_id)

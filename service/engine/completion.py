@@ -1,7 +1,7 @@
 """One sequence's way out of the engine: from drawn tokens to text and a finish reason.
 
-token --eos?--> STOP
-  '--> Detokenizer --> StopStrings --complete?--> STOP
+token --end?--> STOP, its text not shown              end: end-of-sequence unless ignore_eos, or a stop_token_id
+  '--> Detokenizer --> StopStrings --complete?--> STOP    (not before min_tokens)
                           '--> text;  max_tokens or the context reached --> LENGTH
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from service.engine.detokenizer import Decode, Detokenizer
 from service.engine.sequence import Sequence
-from service.engine.stopping import StopStrings
+from service.engine.stopping import Piece, StopStrings
 from service.engine.types import FinishReason
 
 
@@ -29,17 +29,18 @@ class Completion:
     ) -> None:
         sampling = sequence.request.sampling
         self.sequence = sequence
-        self._eos = frozenset[int]() if sampling.ignore_eos else eos_token_ids
+        self._ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos_token_ids)
+        self._min_length = sequence.num_prompt_tokens + sampling.min_tokens
         self._max_length = min(sequence.num_prompt_tokens + sampling.max_tokens, max_model_len)
         self._detokenizer = Detokenizer(decode, sequence.request.prompt_token_ids)
-        self._stop = StopStrings(sampling.stop)
+        self._stop = StopStrings(sampling.stop, included=sampling.include_stop)
 
     def advance(self, token_id: int) -> Advance:
         """Append a drawn token to the sequence and say what may be shown of it."""
         self.sequence.tokens.append(token_id)
-        if token_id in self._eos:
+        if token_id in self._ends:
             return self._end(FinishReason.STOP)
-        piece = self._stop.push(self._detokenizer.push(token_id))
+        piece = self._push(self._detokenizer.push(token_id))
         if piece.stopped:
             return Advance(text=piece.text, finish_reason=FinishReason.STOP)
         if len(self.sequence.tokens) >= self._max_length:
@@ -49,7 +50,10 @@ class Completion:
 
     def _end(self, reason: FinishReason) -> Advance:
         """Give out what is held; the held end of a character may still complete a stop string."""
-        piece = self._stop.push(self._detokenizer.flush())
+        piece = self._push(self._detokenizer.flush())
         if piece.stopped:
             return Advance(text=piece.text, finish_reason=FinishReason.STOP)
         return Advance(text=piece.text + self._stop.flush(), finish_reason=reason)
+
+    def _push(self, text: str) -> Piece:
+        return self._stop.push(text, may_end=len(self.sequence.tokens) >= self._min_length)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TypeVarTuple
 
-from service.engine import process
+from service.engine.entry import run_engine
 from service.engine.messages import FromEngine, ToEngine
 from service.engine.types import EngineConfig
 
@@ -49,7 +49,7 @@ class EngineLink:
         self._connection: Connection[ToEngine, FromEngine]
         self._connection, child = context.Pipe(duplex=True)
         self._process = context.Process(
-            target=process.main, args=(child, config, os.getpid()), name="onebit-engine", daemon=True
+            target=run_engine, args=(child, config, os.getpid()), name="onebit-engine", daemon=True
         )
         # From the event loop's own thread: the engine dies with the thread that started it (PR_SET_PDEATHSIG).
         self._process.start()

@@ -1,14 +1,20 @@
 """What the engine must know of a model before it can page its keys: asked of the model itself, not of its config.
 
 Config fields for head counts and sizes are named differently in every architecture. So a short forward runs with an
-attention function that records what each layer hands to it: shape and dtype of the keys, and whether it asks for
-something paged attention does not compute (a soft cap, sinks, a sliding window).
+attention function that records what each layer hands to it: shape and dtype of the keys, its sliding window, and
+whether it asks for something paged attention does not compute (a position bias).
 
-A window or a rotary embedding that changes with length is exact as long as no sequence grows past it, so it becomes a
-limit on the context, with a note, and not a refusal.
+A rotary embedding that changes with length is exact as long as no sequence grows past it, so it becomes a limit on the
+context, with a note, and not a refusal.
+
+The self check of `runner` has only a few tokens, which no real window hides and no real soft cap bends. `exposed` sets
+both so small, for as long as it is entered, that a paged attention that ignored them would be seen.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +26,8 @@ from service.errors import EngineStartFailed
 _RECORDING = "onebit_recording"
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 PROBE_TOKENS = tuple(range(1, 13))
+EXPOSED = {"sliding_window": 5, "attn_logit_softcapping": 0.25}
+"""What a window and a soft cap are in the self check, where a model has one; the names are those of its config."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +41,8 @@ class ModelShape:
         dtype: of keys and values.
         max_positions: longest sequence the model computes exactly; None when it does not say.
         limited_by: what set max_positions, in words.
+        windows: distinct sliding windows of its layers, in tokens, the query's own included.
+        exposed_windows: the same while `exposed` is entered.
     """
 
     num_layers: int
@@ -41,6 +51,8 @@ class ModelShape:
     dtype: torch.dtype
     max_positions: int | None
     limited_by: str
+    windows: tuple[int, ...] = ()
+    exposed_windows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +89,10 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         raise EngineStartFailed(f"{name} has attention layers of different shapes, which is not supported")
     if sorted(call.layer for call in calls) != list(range(len(calls))):
         raise EngineStartFailed(f"{name} does not number its attention layers 0, 1, 2, ...")
-    max_positions, limited_by = _longest(model, calls)
+    max_positions, limited_by = _longest(model)
+    windows = _windows(calls)
+    with exposed(model):
+        exposed_windows = _windows(_record(model)) if windows else ()
     return ModelShape(
         num_layers=len(calls),
         num_kv_heads=calls[0].num_kv_heads,
@@ -85,7 +100,29 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         dtype=calls[0].dtype,
         max_positions=max_positions,
         limited_by=limited_by,
+        windows=windows,
+        exposed_windows=exposed_windows,
     )
+
+
+@contextmanager
+def exposed(model: PreTrainedModel) -> Iterator[None]:
+    """Make sliding windows and soft caps of the model small, and set them back in the end.
+
+    Modelling code takes them from the config or from a copy in the attention modules, so both are changed.
+    """
+    with ExitStack() as restore:
+        for holder in (model.config.get_text_config(), *model.modules()):
+            for name, value in EXPOSED.items():
+                before = vars(holder).get(name)
+                if isinstance(before, int | float) and before > value:
+                    setattr(holder, name, value)
+                    restore.callback(setattr, holder, name, before)
+        yield
+
+
+def _windows(calls: list[_Call]) -> tuple[int, ...]:
+    return tuple(sorted({call.sliding_window for call in calls if call.sliding_window is not None}))
 
 
 @torch.inference_mode()
@@ -110,7 +147,7 @@ def _record(model: PreTrainedModel) -> list[_Call]:
 
 def _describe(module: nn.Module, key: Tensor, value: Tensor, options: dict[str, object]) -> _Call:
     window = options.get("sliding_window")
-    features = {"softcap": "a soft cap on scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
+    features = {"position_bias": "a position bias"}
     return _Call(
         layer=int(module.layer_idx),  # type: ignore[arg-type]
         num_kv_heads=key.shape[1],
@@ -122,20 +159,21 @@ def _describe(module: nn.Module, key: Tensor, value: Tensor, options: dict[str, 
     )
 
 
-def _longest(model: PreTrainedModel, calls: list[_Call]) -> tuple[int | None, str]:
+def _longest(model: PreTrainedModel) -> tuple[int | None, str]:
     """Return the longest sequence the model computes exactly, and what limits it."""
     config = model.config.get_text_config()
     limits: list[tuple[int, str]] = []
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None:
         limits.append((int(positions), "the model's max_position_embeddings"))
-    limits += [
-        (call.sliding_window, "the model's sliding attention window")
-        for call in calls
-        if call.sliding_window is not None
-    ]
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-        trained = rope.get("original_max_position_embeddings") or positions
-        limits += [(int(trained), "the length up to which the rotary embedding is fixed")] if trained else []
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            trained = rope.get("original_max_position_embeddings") or positions
+            limits += [(int(trained), "the length up to which the rotary embedding is fixed")] if trained else []
     return min(limits) if limits else (None, "")
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Return the rotary embeddings' parameters: one, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [parameters, *(each for each in parameters.values() if isinstance(each, dict))]

@@ -28,6 +28,8 @@ from transformers.utils import logging as transformers_logging
 from onebit_core.errors import OnebitError
 from onebit_core.layers import release_stored
 from service.engine.detokenizer import Decode
+from service.engine.grammar import GrammarCompiler
+from service.engine.grammar_desk import Compiled
 from service.engine.loop import EngineLoop
 from service.engine.messages import FromEngine, Started, StartFailed, ToEngine
 from service.engine.runner import Runner
@@ -56,11 +58,11 @@ class Loaded(Protocol):
 
 def main(connection: "Connection[FromEngine, ToEngine]", config: EngineConfig, parent_pid: int) -> None:
     """Run an engine over `connection` until told to stop; the target of the engine process."""
-    _belong_to(parent_pid)
+    belong_to(parent_pid)
     configure_logging(config.log_level)
     adopt_logger("transformers")
     transformers_logging.disable_progress_bar()
-    inbox: SimpleQueue[ToEngine] = SimpleQueue()
+    inbox: SimpleQueue[ToEngine | Compiled] = SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), name="engine-inbox", daemon=True).start()
     try:
         runner, tokenizer = load(config)
@@ -73,6 +75,7 @@ def main(connection: "Connection[FromEngine, ToEngine]", config: EngineConfig, p
     loop = EngineLoop(
         runner=runner,
         decode=decoder(tokenizer),
+        compile_grammar=grammar_compiler(tokenizer, info).compile,
         eos_token_ids=info.eos_token_ids,
         config=config,
         inbox=inbox,
@@ -80,6 +83,7 @@ def main(connection: "Connection[FromEngine, ToEngine]", config: EngineConfig, p
     )
     gc.freeze()  # the model's objects live as long as the process; later collections need not look at them
     loop.run()
+    gc.unfreeze()  # else Triton, whose objects were never let go, writes leaks into the log at exit
 
 
 def load(config: EngineConfig) -> tuple[Runner, PreTrainedTokenizerBase]:
@@ -110,6 +114,7 @@ def describe(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> EngineInfo:
         dtype=str(runner.dtype).removeprefix("torch."),
         backend=runner.backend,
         memory_bytes=runner.num_bytes,
+        embedding_size=runner.embedding_size,
         notes=runner.capacity.notes,
     )
 
@@ -122,13 +127,18 @@ def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def grammar_compiler(tokenizer: PreTrainedTokenizerBase, info: EngineInfo) -> GrammarCompiler:
+    """Return who compiles grammars for this model's tokens."""
+    return GrammarCompiler(tokenizer, vocab_size=info.vocab_size, end_token_ids=info.eos_token_ids)
+
+
 def _eos_token_ids(of_model: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the ends of the model's generation_config and of the tokenizer."""
     of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return tuple(sorted({*of_model, *of_tokenizer}))
 
 
-def _belong_to(parent_pid: int) -> None:
+def belong_to(parent_pid: int) -> None:
     """Ignore the group's signals, and die with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -138,7 +148,7 @@ def _belong_to(parent_pid: int) -> None:
             os._exit(EXIT_PARENT_GONE)
 
 
-def _read(connection: "Connection[FromEngine, ToEngine]", inbox: SimpleQueue[ToEngine]) -> None:
+def _read(connection: "Connection[FromEngine, ToEngine]", inbox: SimpleQueue[ToEngine | Compiled]) -> None:
     """Move messages to the inbox until the pipe ends; then the server is gone, and so are we."""
     while True:
         try:

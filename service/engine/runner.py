@@ -9,22 +9,26 @@ architecture that would be computed wrongly is refused at the start, and a broke
 """
 
 import inspect
+import logging
 from array import array
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onebit_core.layers import model_backend, packed_bytes
 from service.engine.attention import PAGED_ATTENTION, PagedStep, register
 from service.engine.batch import Batch, build_batch
 from service.engine.capacity import Capacity, plan_capacity
-from service.engine.kv_cache import KVCache
-from service.engine.model_shape import PROBE_TOKENS, model_shape
+from service.engine.fused import FusedBlocks, NotFusable
+from service.engine.kv_cache import KV_CACHES, KVCache
+from service.engine.model_shape import PROBE_TOKENS, exposed, model_shape
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.engine.types import EngineConfig, GenerationRequest, SamplingParams
 from service.errors import EngineStartFailed
+
+log = logging.getLogger(__name__)
 
 CHECK_CHUNKS = (7, 3, 1, 1)  # lengths: a first chunk, a later chunk, two single tokens
 CHECK_TOLERANCE = 0.1  # relative; bfloat16 noise is near 0.02, a wrong attention near 1
@@ -39,11 +43,15 @@ class Runner:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = shape.dtype
         self._model = model
+        self._head_input: Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._see_head_input)
         self._page_size = config.page_size
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._check_pages = -(-len(PROBE_TOKENS) // config.page_size)
-        self._expected_CV = self._plain_logits()
-        self._cache = KVCache(
+        self._windows, self._exposed_windows = shape.windows, shape.exposed_windows
+        with exposed(model):
+            self._expected_CV = self._plain_logits()
+        self._cache = KV_CACHES[config.kv_cache_dtype](
             num_layers=shape.num_layers,
             num_pages=self.capacity.num_pages + self._check_pages,  # the last ones are the self check's own
             page_size=config.page_size,
@@ -54,6 +62,7 @@ class Runner:
         )
         register()
         model.set_attn_implementation(PAGED_ATTENTION)
+        self._fused = self._fuse(config)
         self.self_check()
 
     @property
@@ -66,12 +75,18 @@ class Runner:
     @property
     def backend(self) -> str:
         """Who computes the packed layers, and on what."""
-        return model_backend(self._model)
+        return model_backend(self._model) + (", fused blocks" if self._fused is not None else "")
 
     @property
     def vocab_size(self) -> int:
         """Token ids are below it: the rows of the embedding."""
         return int(self._model.config.get_text_config().vocab_size)
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers that the head reads for each row."""
+        assert self._head_input is not None, "the self check has run the head"
+        return self._head_input.shape[-1]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -81,15 +96,46 @@ class Runner:
 
     def prepare(self, chunks: list[Chunk]) -> Batch:
         """Build the tensors of one step."""
-        return build_batch(chunks, page_size=self._page_size, dtype=self.dtype, device=self.device)
+        return self._build(chunks, self._windows)
+
+    def _build(self, chunks: list[Chunk], windows: tuple[int, ...]) -> Batch:
+        return build_batch(
+            chunks,
+            page_size=self._page_size,
+            dtype=self.dtype,
+            device=self.device,
+            windows=windows,
+            fused=self._fused is not None,
+        )
+
+    def _fuse(self, config: EngineConfig) -> FusedBlocks | None:
+        """Return the model's blocks as one function, where there is one for them."""
+        if not config.fuse:
+            return None
+        if not isinstance(self._cache, KVCache):
+            log.info("%s keeps transformers' own blocks: a cache in 8 bit is not fused", type(self._model).__name__)
+            return None
+        try:
+            return FusedBlocks(self._model, config.page_size)
+        except NotFusable as reason:
+            log.info("%s keeps transformers' own blocks: %s", type(self._model).__name__, reason)
+            return None
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Compute the batch: write its keys and values, and return the drawing rows' logits [R, V]."""
+        """Compute the batch: write its keys and values, and return the logits [R, V] of batch.logits_rows_R."""
+        return self._forward(batch, self._fused)
+
+    def _forward(self, batch: Batch, fused: FusedBlocks | None) -> Tensor:
         if batch.fresh_pages_P is not None:
             self._cache.clear(batch.fresh_pages_P)
+        if fused is not None:
+            assert isinstance(self._cache, KVCache), "blocks are fused over a cache in float32 only"
+            hidden_RD = fused.hidden(batch, self._cache, batch.logits_rows_R)
+            fused_RV: Tensor = self._model.get_output_embeddings()(hidden_RD)
+            return fused_RV
         step = PagedStep(cache=self._cache, batch=batch)
-        rows = {"logits_to_keep": batch.drawing_rows_R} if self._takes_rows else {}
+        rows = {"logits_to_keep": batch.logits_rows_R} if self._takes_rows else {}
         logits_RV: Tensor = self._model(
             input_ids=batch.input_ids_1T,
             position_ids=batch.position_ids_1T,
@@ -97,8 +143,18 @@ class Runner:
             paged=step,
             **rows,
         ).logits[0]
-        return logits_RV if self._takes_rows else logits_RV[batch.drawing_rows_R]
+        return logits_RV if self._takes_rows else logits_RV[batch.logits_rows_R]
 
+    def head_input(self, batch: Batch) -> Tensor:
+        """Return what the head read for the latest batch, the final norm's output: [R, D] for batch.logits_rows_R."""
+        assert self._head_input is not None
+        hidden_RD = self._head_input.flatten(0, -2)
+        return hidden_RD if len(hidden_RD) == len(batch.logits_rows_R) else hidden_RD[batch.logits_rows_R]
+
+    def _see_head_input(self, _head: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._head_input = arguments[0]
+
+    @torch.inference_mode()
     def self_check(self) -> None:
         """Compute a few tokens through the paged path and compare with the untouched model.
 
@@ -115,7 +171,10 @@ class Runner:
             pages = -(-(start + length) // self._page_size)
             sequence.page_table = array("q", range(first_page, first_page + pages))
             chunk = Chunk(sequence=sequence, start=start, length=length, draws=True)
-            self._compare(self.forward(self.prepare([chunk]))[0].float(), expected_V)
+            with exposed(self._model):  # fused blocks take the windows when they are made
+                fused = None if self._fused is None else FusedBlocks(self._model, self._page_size)
+                actual_V = self._forward(self._build([chunk], self._exposed_windows), fused)[0].float()
+            self._compare(actual_V, expected_V)
             start += length
 
     def _compare(self, actual_V: Tensor, expected_V: Tensor) -> None:

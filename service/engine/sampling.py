@@ -1,15 +1,17 @@
 """From logits to tokens, for all rows of a step in one tensor program.
 
-    temperature 0    the largest logit
-    otherwise        p = softmax(logits / temperature), cut to the fewest tokens that reach top_p, drawn by inverse
-                     transform: the first token whose cumulative probability exceeds u times the kept mass
+    edits            what forbids tokens or moves their logits, for the rows that have any          logit_edits
+    temperature 0    the largest logit, the first of equal ones
+    otherwise        p = softmax(logits / temperature); min_p, then top_k, then top_p; one is drawn  multinomial
 
-`u` is one number in [0, 1) per token, a hash of the sequence's seed and the count of tokens it has drawn. So a draw
-depends on nothing else: not on the batch, not on preemption, not on the step, and no generator state is kept.
+The draw is an inverse transform of `u`, one number in [0, 1) per token: a hash of the sequence's seed and the count of
+tokens it has drawn. So a draw depends on nothing else: not on the batch, not on preemption, not on the step, and no
+generator state is kept. Everything is computed row by row, and rows without a feature pay nothing for it; on a CPU a
+few rows at a time, whose probabilities then stay in its cache.
 
 A row that is not finite (NaN anywhere, or +inf) draws nothing and does not disturb its neighbours.
 
-Legend: R rows, V vocabulary, N most probable tokens.
+Legend: R rows, V vocabulary, X some of the rows.
 """
 
 from collections.abc import Sequence as ListOf
@@ -19,16 +21,33 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-SHORT_LISTS = (512, 8192)  # most nuclei are smaller, and finding 512 is ten times cheaper than sorting a vocabulary
+from service.engine.logit_edits import LogitEdits, edited_logits
+from service.engine.multinomial import draw_cut, draw_whole
+from service.engine.ranking import largest
+
+COLDEST = 1e-6  # temperatures below divide like this one, so that no logit overflows
+CPU_ROWS = 8  # rows that are drawn together on a CPU: 1.5 MB of probabilities for 49152 tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draw:
-    """How one row is drawn: temperature at least 0, top_p and uniform in 0..1."""
+    """How one row is drawn; see `service.engine.types.SamplingParams`.
+
+    Attributes:
+        temperature: at least 0.
+        top_p: 0 to 1.
+        uniform: the row's random number, in [0, 1).
+        top_k: 0 for all.
+        min_p: 0 to 1.
+        edits: what changes the row's logits first; None for nothing.
+    """
 
     temperature: float
     top_p: float
     uniform: float
+    top_k: int = 0
+    min_p: float = 0.0
+    edits: LogitEdits | None = None
 
 
 def uniform_number(seed: int, index: int) -> float:
@@ -38,72 +57,67 @@ def uniform_number(seed: int, index: int) -> float:
 
 
 def sample(logits_RV: Tensor, draws: ListOf[Draw]) -> list[int | None]:
-    """Draw one token per row; None for a row that is not finite.
+    """Draw one token per row; None for a row that is not finite, or whose edits forbid every token.
 
     Args:
-        logits_RV: any floating dtype.
+        logits_RV: any floating dtype; not changed.
         draws: one per row.
     """
-    largest_R, token_R = logits_RV.max(dim=-1)  # a NaN anywhere in the row comes out as the largest
-    finite_R = largest_R.isfinite()
-    hot = [row for row, draw in enumerate(draws) if draw.temperature > 0]
-    if hot:
-        rows = torch.tensor(hot, device=logits_RV.device)
-        token_R = token_R.index_copy(0, rows, _draw(logits_RV[rows], [draws[row] for row in hot]))
+    finite_R = logits_RV.amax(dim=-1).isfinite()  # a NaN anywhere in the row comes out as the largest
+    token_R = torch.full((len(draws),), -1, dtype=torch.int64, device=logits_RV.device)
+    at_once = CPU_ROWS if logits_RV.device.type == "cpu" else len(draws)
+    for rows in _split([draw.edits is None for draw in draws], at_once=at_once):
+        chosen = [draws[row] for row in rows]
+        logits_XV = _take(logits_RV, rows)
+        edits = [draw.edits for draw in chosen if draw.edits is not None]
+        token_R[rows] = _choose(edited_logits(logits_XV, edits) if edits else logits_XV, chosen)
     results = torch.where(finite_R, token_R, -1).tolist()
     return [None if token < 0 else token for token in results]
 
 
-def _draw(logits_RV: Tensor, draws: ListOf[Draw]) -> Tensor:
-    """Draw from rows that all have a temperature; a row that is not finite draws something meaningless."""
-    device = logits_RV.device
-    numbers = [(draw.temperature, draw.top_p, draw.uniform) for draw in draws]
-    temperature_R, top_p_R, uniform_R = torch.tensor(numbers, dtype=torch.float64, device=device).T
-    logits_RV = logits_RV.float()
-    logits_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)  # so that a tiny temperature cannot overflow
-    p_RV = torch.softmax(logits_RV / temperature_R[:, None].float().clamp(min=1e-6), dim=-1).nan_to_num_()
-    whole = [row for row, draw in enumerate(draws) if draw.top_p >= 1]
-    nucleus = [row for row, draw in enumerate(draws) if draw.top_p < 1]
+def _choose(logits_RV: Tensor, draws: list[Draw]) -> Tensor:
+    """Choose the rows' tokens, the logits being what they shall be; -1 where all are forbidden."""
+    token_R = torch.empty(len(draws), dtype=torch.int64, device=logits_RV.device)
+    for rows in _split([draw.temperature > 0 for draw in draws]):
+        logits_XV = _take(logits_RV, rows)
+        chosen = [draws[row] for row in rows]
+        if chosen[0].temperature > 0:
+            token_R[rows] = _draw(logits_XV, chosen)
+        else:
+            value_X, token_X = largest(logits_XV)
+            token_R[rows] = torch.where(value_X == -torch.inf, -1, token_X)
+    return token_R
+
+
+def _draw(logits_RV: Tensor, draws: list[Draw]) -> Tensor:
+    """Draw from rows that all have a temperature."""
+    device, vocabulary = logits_RV.device, logits_RV.shape[-1]
+    numbers = [(draw.temperature, draw.min_p, draw.top_p, draw.uniform) for draw in draws]
+    temperature_R, min_p_R, top_p_R, uniform_R = torch.tensor(numbers, dtype=torch.float64, device=device).T
+    p_RV = torch.softmax(logits_RV.float() / temperature_R[:, None].float().clamp(min=COLDEST), dim=-1)
     token_R = torch.empty(len(draws), dtype=torch.int64, device=device)
-    if whole:
-        rows = torch.tensor(whole, device=device)
-        cumulative_RV = p_RV[rows].double().cumsum(dim=-1)
-        token_R[rows] = _invert(cumulative_RV, cumulative_RV[:, -1], uniform_R[rows])
-    if nucleus:
-        rows = torch.tensor(nucleus, device=device)
-        token_R[rows] = _draw_nucleus(p_RV[rows], top_p_R[rows], uniform_R[rows])
-    return token_R
+    for rows in _split([draw.top_p >= 1 and draw.top_k == 0 for draw in draws]):
+        p_XV = _take(p_RV, rows)
+        chosen = [draws[row] for row in rows]
+        if chosen[0].top_p >= 1 and chosen[0].top_k == 0:
+            min_p_X = min_p_R[rows] if any(draw.min_p for draw in chosen) else None
+            token_R[rows] = draw_whole(p_XV, min_p_R=min_p_X, uniform_R=uniform_R[rows])
+        else:
+            top_k_X = torch.tensor([draw.top_k or vocabulary for draw in chosen], device=device).clamp(max=vocabulary)
+            token_R[rows] = draw_cut(
+                p_XV, min_p_R=min_p_R[rows], top_k_R=top_k_X, top_p_R=top_p_R[rows], uniform_R=uniform_R[rows]
+            )
+    return torch.where(p_RV[:, 0].isnan(), -1, token_R)
 
 
-def _draw_nucleus(p_RV: Tensor, top_p_R: Tensor, uniform_R: Tensor) -> Tensor:
-    """Draw from the most probable tokens, looking at more of them only where fewer do not reach top_p."""
-    token_R = torch.empty_like(top_p_R, dtype=torch.int64)
-    vocabulary = p_RV.shape[-1]
-    rest_R = torch.arange(len(p_RV), device=p_RV.device)
-    for length in (*(length for length in SHORT_LISTS if length < vocabulary), vocabulary):
-        p_RN, ids_RN = p_RV[rest_R].topk(length, dim=-1)
-        enough_R = p_RN.sum(dim=-1, dtype=torch.float64) >= top_p_R[rest_R]
-        done = torch.ones_like(enough_R) if length == vocabulary else enough_R
-        rows = rest_R[done]
-        token_R[rows] = _draw_sorted(p_RN[done], ids_RN[done], top_p_R[rows], uniform_R[rows])
-        rest_R = rest_R[~done]
-        if not len(rest_R):
-            break
-    return token_R
+def _split(marks: list[bool], *, at_once: int | None = None) -> list[list[int]]:
+    """Return the rows that are marked and those that are not, in lists that are not empty and not over `at_once`."""
+    parts = [row for row, mark in enumerate(marks) if mark], [row for row, mark in enumerate(marks) if not mark]
+    step = at_once or max(len(marks), 1)
+    return [rows[first : first + step] for rows in parts for first in range(0, len(rows), step)]
 
 
-def _draw_sorted(p_RN: Tensor, ids_RN: Tensor, top_p_R: Tensor, uniform_R: Tensor) -> Tensor:
-    """Keep the tokens before which less than top_p has gathered, the first always, and draw one of them."""
-    cumulative_RN = p_RN.double().cumsum(dim=-1)
-    before_RN = cumulative_RN - p_RN
-    num_kept_R = (before_RN < top_p_R[:, None]).sum(dim=-1).clamp(min=1)
-    mass_R = cumulative_RN.gather(-1, num_kept_R[:, None] - 1)[:, 0]
-    choice_R = _invert(cumulative_RN, mass_R, uniform_R)
-    return ids_RN.gather(-1, choice_R[:, None])[:, 0]
-
-
-def _invert(cumulative_RN: Tensor, mass_R: Tensor, uniform_R: Tensor) -> Tensor:
-    """Return the first index whose cumulative probability exceeds uniform * mass."""
-    target_R = torch.minimum(uniform_R * mass_R, torch.nextafter(mass_R, torch.zeros_like(mass_R)))
-    found_R = torch.searchsorted(cumulative_RN, target_R[:, None], right=True)[:, 0]
-    return found_R.clamp(max=cumulative_RN.shape[-1] - 1)
+def _take(values_RV: Tensor, rows: list[int]) -> Tensor:
+    """Return some rows, without a copy when they are neighbours."""
+    first, last = rows[0], rows[-1] + 1
+    return values_RV[first:last] if last - first == len(rows) else values_RV[rows]

@@ -4,6 +4,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 GIBIBYTE = 1 << 30
+ARTIFACT_LOADER = "onebit_core.artifact.reader:load_model"
+ORIGINAL_LOADER = "service.engine.originals:load_dense"
+MOST_LOGPROBS = 20  # most tokens that may be asked for at one position
+NOT_FINITE = "the model's logits for this sequence are not finite (NaN or infinity)"
+"""The error of a sequence that ended so; metrics count these apart."""
 
 
 class FinishReason(StrEnum):
@@ -36,7 +41,7 @@ class SamplingParams:
     penalties; logit_bias; then temperature, min_p, top_k and top_p. Log probabilities are those of the raw logits.
 
     Attributes:
-        max_tokens: most tokens to generate; 0 only with prompt_logprobs, which then are all there is.
+        max_tokens: most tokens to generate; 0 only with prompt_logprobs, which then are all there is, or to embed.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: draw from the fewest tokens whose probabilities reach this mass.
         top_k: draw from this many most probable tokens; 0 for all.
@@ -88,6 +93,9 @@ class GenerationRequest:
         sampling: how the completion is drawn.
         priority: lower ones are computed first; of equal ones, the one that came first.
         cache_salt: only requests with equal salts share cached prompt pages.
+        group: equal for the completions of one prompt in one call, for the figures; "" for one alone.
+        group_size: how many completions of the prompt the call asks for.
+        embed: report the prompt's embedding in place of a completion; max_tokens is 0.
     """
 
     request_id: str
@@ -95,6 +103,9 @@ class GenerationRequest:
     sampling: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    group: str = ""
+    group_size: int = 1
+    embed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +140,8 @@ class TokenEvent:
         prompt_logprobs: one for each token of the prompt, in the first event, if they were asked for; the first is
             None, for nothing comes before it.
         num_cached_tokens: tokens of the prompt whose keys and values were in the cache already, in the first event.
+        embedding: what the head reads at the prompt's last token, of length 1, as little-endian float32; in the last
+            event, if it was asked for.
     """
 
     request_id: str
@@ -142,6 +155,7 @@ class TokenEvent:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     num_cached_tokens: int = 0
+    embedding: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,6 +198,7 @@ class EngineInfo:
         dtype: of activations and KV cache, such as "float32".
         backend: who computes packed layers, and on what, such as "cpu avx512vbmi".
         memory_bytes: model and KV cache together.
+        embedding_size: numbers in an embedding.
         notes: what was decided on the way, such as a context shortened to fit the pool; one sentence each.
     """
 
@@ -195,6 +210,7 @@ class EngineInfo:
     dtype: str
     backend: str
     memory_bytes: int
+    embedding_size: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -209,10 +225,13 @@ class EngineConfig:
         backend: who computes packed layers; see onebit_core.kernels.backends.
         page_size: tokens in a page of the KV cache.
         kv_cache_bytes: size of the KV cache.
+        kv_cache_dtype: "auto" (the model's dtype) or "int8".
         max_num_sequences: most sequences that run at once.
         max_batched_tokens: most tokens computed in one step; a longer prompt is computed in chunks.
+        prefix_caching: whether pages of finished sequences serve later ones with the same beginning.
         max_queued_requests: most requests that wait; one more is refused with EngineBusy.
         max_model_len: most tokens of prompt and completion; None takes what model and pool allow.
+        fuse: compute the blocks of models of the Llama family in one call of the CPU kernels, where they allow it.
         loader: "module:function" that loads the artifact; called like `onebit_core.artifact.reader.load_model`.
         log_level: of the engine process's own log, on its standard error.
     """
@@ -223,9 +242,12 @@ class EngineConfig:
     backend: str = "auto"
     page_size: int = 16
     kv_cache_bytes: int = GIBIBYTE
+    kv_cache_dtype: str = "auto"
     max_num_sequences: int = 64
     max_batched_tokens: int = 1024
+    prefix_caching: bool = True
     max_queued_requests: int = 256
     max_model_len: int | None = None
-    loader: str = "onebit_core.artifact.reader:load_model"
+    fuse: bool = True
+    loader: str = ARTIFACT_LOADER
     log_level: str = "info"

@@ -70,16 +70,6 @@ def test_output_is_the_same_when_sequences_are_preempted(folder, prompts, expect
     assert [result.token_ids for result in results] == expected
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "opt", "gpt_neox", "qwen3_moe", "mixtral"])
-def test_other_architectures_equal_generate(tmp_path, prompts, architecture):
-    """Nothing in the engine knows Llama: norms on keys, learned positions, fused projections, experts."""
-    folder = save_tiny_model(tmp_path, architecture=architecture)
-    results = InlineEngine(folder, max_batched_tokens=48).run(
-        greedy(index, prompt, NUM_NEW) for index, prompt in enumerate(prompts)
-    )
-    assert [result.token_ids for result in results] == generated(folder, prompts, eos_token_id=None)
-
-
 def test_a_sequence_ends_where_generate_ends(tmp_path, prompts):
     """At an end-of-sequence token the engine stops with STOP, the token counted and not shown; otherwise at LENGTH."""
     folder = save_tiny_model(tmp_path, tied=False, seed=3)

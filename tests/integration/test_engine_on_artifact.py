@@ -32,6 +32,15 @@ def test_a_mixture_of_experts_is_served_from_its_bits(tmp_path, device, backend)
     assert_serves_what_generate_gives(artifact, device, backend)
 
 
+@pytest.mark.parametrize("method", ["rtn", "svid"])
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3", "phi", "phi3"])
+def test_windows_caps_and_fused_projections_are_served_from_bits(tmp_path, architecture, method):
+    """Integer and sign layers in models that are not like Llama, sequences past the window: no token changes."""
+    folder = save_tiny_model(tmp_path / "model", architecture=architecture)
+    artifact = quantize_tiny(folder, tmp_path / "artifact", method)
+    assert_serves_what_generate_gives(artifact, "cpu", "auto")
+
+
 def assert_serves_what_generate_gives(artifact, device, backend):
     prompts = [list(range(5, 8 + 3 * index)) for index in range(16)]
     model = load_model(artifact, device=device, dtype="float32", backend=backend).model

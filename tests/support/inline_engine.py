@@ -10,8 +10,16 @@ from queue import SimpleQueue
 
 from service.engine.loop import EngineLoop
 from service.engine.messages import Abort, StepReport, Stop, Submit, ToEngine
-from service.engine.process import decoder, describe, load
-from service.engine.types import EngineConfig, EngineStats, FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from service.engine.process import decoder, describe, grammar_compiler, load
+from service.engine.types import (
+    EngineConfig,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from tests.support.plain_loader import PLAIN_LOADER
 
 
@@ -22,15 +30,21 @@ class Result:
     text: str = ""
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    embedding: bytes | None = None
 
     def add(self, event: TokenEvent) -> None:
         """Take the next event."""
         self.text += event.text
         self.pieces.append(event.text)
         self.token_ids.extend(event.token_ids)
+        self.logprobs.extend(event.logprobs)
+        self.prompt_logprobs = self.prompt_logprobs or event.prompt_logprobs
         self.finish_reason, self.error = event.finish_reason, event.error
+        self.embedding = event.embedding
 
 
 class InlineEngine:
@@ -48,6 +62,7 @@ class InlineEngine:
         self.loop = EngineLoop(
             runner=self.runner,
             decode=decoder(self.tokenizer),
+            compile_grammar=grammar_compiler(self.tokenizer, self.info).compile,
             eos_token_ids=self.info.eos_token_ids,
             config=self.config,
             inbox=self.inbox,
@@ -68,6 +83,10 @@ class InlineEngine:
             self.inbox.put(Submit(request=request))
         self.loop.run()
         return [self.results[request.request_id] for request in ordered]
+
+    def leave(self, request_id: str) -> None:
+        """Abort a request, from any thread."""
+        self.inbox.put(Abort(request_id=request_id))
 
     def _publish(self, report: StepReport) -> None:
         self.reports.append(report)

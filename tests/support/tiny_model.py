@@ -13,17 +13,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -34,13 +48,18 @@ EOS_TOKEN = "<|endoftext|>"
 EOS_ID = 256
 SPECIAL_TOKENS = (EOS_TOKEN, "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MAX_POSITIONS = 512
 NUM_EXPERTS = 4
+WINDOW = 24
+SOFT_CAP = 0.25
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -87,8 +106,10 @@ def save_tiny_model(
 
     Args:
         folder: made if missing.
-        architecture: "llama", "qwen3", "opt" or "gpt_neox"; the last two have no grouped heads. "qwen3_moe", "mixtral"
-            and "olmoe" have four experts, two for each token; the first block of "qwen3_moe" is a plain one.
+        architecture: a key of ARCHITECTURES. "opt", "gpt_neox" and "phi" have no grouped heads. "qwen3_moe", "mixtral",
+            "olmoe" and "gpt_oss" have four experts, two for each token; the first block of "qwen3_moe" is a plain one.
+            A sliding window of WINDOW tokens have "mistral" and "phi3" in every block, "gemma2", "gemma3" and "gpt_oss"
+            in the blocks 0, 2, ..., "qwen2" in all but the first; "gemma2" caps scores at SOFT_CAP.
         hidden_size: width of the residual stream, a multiple of num_heads.
         intermediate_size: width of the feed-forward; an expert has half of it.
         num_layers: decoder blocks.
@@ -192,6 +213,67 @@ def _olmoe(sizes: dict[str, int], common: dict[str, Any]) -> OlmoeForCausalLM:
     return OlmoeForCausalLM(OlmoeConfig(**given, num_experts=NUM_EXPERTS, num_experts_per_tok=2, **common))
 
 
+def _mistral(sizes: dict[str, int], common: dict[str, Any]) -> MistralForCausalLM:
+    return MistralForCausalLM(MistralConfig(**_llama_sizes(sizes), sliding_window=WINDOW, **common))
+
+
+def _qwen2(sizes: dict[str, int], common: dict[str, Any]) -> Qwen2ForCausalLM:
+    given = _llama_sizes(sizes)
+    del given["head_dim"]
+    window = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+    return Qwen2ForCausalLM(Qwen2Config(**given, **window, **common))
+
+
+def _alternating(sizes: dict[str, int]) -> dict[str, Any]:
+    kinds = ("sliding_attention", "full_attention")
+    return {"sliding_window": WINDOW, "layer_types": [kinds[index % 2] for index in range(sizes["num_layers"])]}
+
+
+def _gemma2(sizes: dict[str, int], common: dict[str, Any]) -> Gemma2ForCausalLM:
+    caps = {"attn_logit_softcapping": SOFT_CAP, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 24}
+    return Gemma2ForCausalLM(Gemma2Config(**_llama_sizes(sizes), **_alternating(sizes), **caps, **common))
+
+
+def _gemma3(sizes: dict[str, int], common: dict[str, Any]) -> Gemma3ForCausalLM:
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    sizes_and_windows = {**_llama_sizes(sizes), **_alternating(sizes)}
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**sizes_and_windows, rope_parameters=rope, query_pre_attn_scalar=24, **common)
+    )
+
+
+def _gpt_oss(sizes: dict[str, int], common: dict[str, Any]) -> GptOssForCausalLM:
+    model = GptOssForCausalLM(
+        GptOssConfig(
+            **_llama_sizes(sizes),
+            **_alternating(sizes),
+            num_local_experts=NUM_EXPERTS,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            **common,
+        )
+    )
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    return model
+
+
+def _phi(sizes: dict[str, int], common: dict[str, Any]) -> PhiForCausalLM:
+    given = _llama_sizes(sizes)
+    del given["head_dim"]
+    given["num_key_value_heads"] = sizes["num_heads"]
+    return PhiForCausalLM(PhiConfig(**given, **common))
+
+
+def _phi3(sizes: dict[str, int], common: dict[str, Any]) -> Phi3ForCausalLM:
+    given = _llama_sizes(sizes)
+    del given["head_dim"]
+    return Phi3ForCausalLM(Phi3Config(**given, sliding_window=WINDOW, **common))
+
+
 def _opt(sizes: dict[str, int], common: dict[str, Any]) -> OPTForCausalLM:
     return OPTForCausalLM(
         OPTConfig(
@@ -219,6 +301,13 @@ def _gpt_neox(sizes: dict[str, int], common: dict[str, Any]) -> GPTNeoXForCausal
 
 ARCHITECTURES: dict[str, Callable[[dict[str, int], dict[str, Any]], Any]] = {
     "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi": _phi,
+    "phi3": _phi3,
+    "gpt_oss": _gpt_oss,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,

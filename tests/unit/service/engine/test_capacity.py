@@ -32,6 +32,11 @@ def test_the_memory_is_cut_into_pages():
     assert plan(100).num_pages == 100
 
 
+def test_keys_in_8_bit_hold_more_pages():
+    """A head of 8 takes 8 bytes and a scale of 4 in place of 32, so the same memory holds 8/3 as many pages."""
+    assert plan(90, kv_cache_dtype="int8").num_pages == 240
+
+
 def test_no_more_pages_than_all_sequences_could_use():
     """Two sequences of 512 tokens need 64 pages, so the rest of the memory is left alone."""
     assert plan(10_000, max_num_sequences=2).num_pages == 64

@@ -67,3 +67,24 @@ def test_what_was_held_is_shown_at_the_end():
 def test_a_stop_string_in_the_last_token_is_a_stop():
     """Reaching a stop string and max_tokens together is STOP."""
     assert complete("abcd", stop=("cd",), max_tokens=4) == ("ab", FinishReason.STOP, 4)
+
+
+def test_a_stop_token_stops_without_its_text():
+    """Whether or not end-of-sequence tokens are ignored; the token is counted."""
+    stops = {"stop_token_ids": (ord("c"), 7)}
+    assert complete("abcd", **stops) == ("ab", FinishReason.STOP, 3)
+    assert complete("ab", ends_with=[EOS_ID, *b"cd"], ignore_eos=True, **stops) == ("ab", FinishReason.STOP, 4)
+
+
+def test_the_stop_text_is_returned_if_asked_for():
+    """Up to its end, and nothing after it."""
+    assert complete("abcdef", stop=("cd", "zz"), include_stop=True) == ("abcd", FinishReason.STOP, 4)
+    assert complete("abcd", stop=("bcd",), include_stop=True, max_tokens=4) == ("abcd", FinishReason.STOP, 4)
+
+
+def test_no_stop_text_ends_before_min_tokens():
+    """The first that is complete afterwards does, even if it began before; what came before is text like any other."""
+    assert complete("ababab", stop=("ab",), min_tokens=3) == ("ab", FinishReason.STOP, 4)
+    assert complete("aaaa", stop=("aa",), min_tokens=3) == ("a", FinishReason.STOP, 3)
+    assert complete("abcd", stop=("ab",), min_tokens=4) == ("abcd", None, 4)
+    assert complete("abab", stop=("ab",), min_tokens=2) == ("", FinishReason.STOP, 2)

@@ -58,6 +58,23 @@ def test_a_repeating_stop_string_overlapping_itself_is_found():
     assert shown(("aab",), ["a", "a", "a", "b", "c"]) == ("a", True)
 
 
+def test_the_stop_string_is_shown_if_it_is_included():
+    """Up to its end, across pieces too."""
+    watch = StopStrings(("</end>",), included=True)
+    assert watch.push("hello <").text == "hello "
+    last = watch.push("/end> more")
+    assert (last.text, last.stopped) == ("</end>", True)
+
+
+def test_a_stop_string_that_may_not_end_passes():
+    """Its last characters may begin another, and are held like any others."""
+    watch = StopStrings(("aa",))
+    piece = watch.push("xaa", may_end=False)
+    assert (piece.text, piece.stopped) == ("xa", False)
+    last = watch.push("a")
+    assert (last.text, last.stopped) == ("", True)
+
+
 @given(
     text=st.text(alphabet="ab\n", max_size=30),
     stop=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3).map(tuple),
