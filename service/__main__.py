@@ -23,7 +23,7 @@ from typing import NoReturn
 import uvicorn
 from fastapi import FastAPI
 
-from onebit_core.artifact.identity import read_manifest
+from onebit_core.artifact.identity import ModelKind, kind_of, read_manifest
 from onebit_core.errors import OnebitError
 from service.auth import Scope, add_key, read_keys, remove_key
 from service.log import configure_logging
@@ -104,7 +104,8 @@ class Server(uvicorn.Server):
 def _check_artifacts(settings: Settings) -> None:
     """Read every manifest now, so that a wrong path is told before anything is started."""
     for artifact in settings.artifacts:
-        read_manifest(artifact)
+        if kind_of(artifact) is ModelKind.ARTIFACT:
+            read_manifest(artifact)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -10,7 +10,8 @@ from service.api import health
 from service.api.admin import jobs, models
 from service.api.errors import install_error_handlers
 from service.api.middleware import BodyLimit, RequestContext
-from service.api.openai import routes
+from service.api.openai import embeddings, probes, routes, tokenization
+from service.api.openai.answers import ChatCompletionChunk
 from service.api.openapi import install_openapi
 from service.auth import KeyRing
 from service.engine.client import EngineClient
@@ -31,7 +32,7 @@ def create_app(settings: Settings, start_engine: EngineStarter = EngineClient.st
         OSError: the key file cannot be read.
         ValueError: it is not a key file.
     """
-    metrics = Metrics()
+    metrics = Metrics(vllm_names=settings.vllm_metric_names)
     registry = ModelRegistry(settings, metrics, start_engine)
     lifespan = Lifespan(settings, registry)
     app = FastAPI(
@@ -49,10 +50,11 @@ def create_app(settings: Settings, start_engine: EngineStarter = EngineClient.st
     app.state.registry = registry
     app.state.lifespan = lifespan
     app.state.jobs = lifespan.jobs
-    for router in (health.router, routes.router, models.router, jobs.router):
+    openai = (routes.router, embeddings.router, tokenization.router, probes.router)
+    for router in (health.router, *openai, models.router, jobs.router):
         app.include_router(router)
     install_error_handlers(app)
-    install_openapi(app)
+    install_openapi(app, ChatCompletionChunk)
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext, metrics=metrics.http)
     return app

@@ -111,7 +111,7 @@ async def answer_service_error(_request: Request, error: Exception) -> Response:
     headers: dict[str, str] = {}
     if error.retry_after_seconds is not None:
         headers["retry_after"] = str(max(1, round(error.retry_after_seconds)))
-    elif row.status >= 500:
+    elif row.status >= 500 or row.status == 409:
         headers["x_should_retry"] = "false"  # OpenAI's client would otherwise repeat what cannot succeed
     if row.status == 401:
         headers["www_authenticate"] = "Bearer"

@@ -25,9 +25,13 @@ async def live() -> Health:
     return Health(status="ok")
 
 
+@router.get("/health", response_model=Health, responses={503: {"model": Health}})
 @router.get("/health/ready", response_model=Health, responses={503: {"model": Health}})
 async def ready(registry: RegistryDep) -> JSONResponse:
-    """Answer 200 when every model is loaded and its engine lives, 503 while loading, restarting or draining."""
+    """Answer 200 when every model is loaded and its engine lives, 503 while loading, restarting or draining.
+
+    Tools made for vLLM and llama.cpp ask /health.
+    """
     if registry.is_ready:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "unavailable"}, status_code=503)

@@ -24,7 +24,7 @@ access_log = logging.getLogger("service.access")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NO_ROUTE = "unmatched"
 KNOWN_METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
-QUIET_ROUTES = frozenset({"/health/live", "/health/ready", "/metrics"})
+QUIET_ROUTES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 """Probes and scrapes: counted, but not logged."""
 
 

@@ -5,21 +5,18 @@ import pytest
 import torch
 
 from onebit_core.artifact.reader import load_model
-from tests.support.server_process import running_server
 
 pytestmark = pytest.mark.acceptance
 
 
-@pytest.fixture(scope="module")
-def server(tiny_artifact, tmp_path_factory):
-    log_file = tmp_path_factory.mktemp("server") / "log"
-    with running_server(str(tiny_artifact), "--kv-cache-bytes", "8000000", log_file=log_file) as server:
-        yield server
+@pytest.fixture
+def server(openai_server):
+    return openai_server
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+@pytest.fixture
+def client(openai_client):
+    return openai_client
 
 
 def greedy(artifact, prompt: str, max_new_tokens: int) -> str:
@@ -114,7 +111,7 @@ def test_chat_answers_and_streams(client):
         ({"model": "other", "prompt": "x"}, openai.NotFoundError, "model_not_found"),
         ({"model": "tiny", "prompt": "x" * 600}, openai.BadRequestError, "context_length_exceeded"),
         ({"model": "tiny", "prompt": "x", "temperature": 3}, openai.BadRequestError, "invalid_value"),
-        ({"model": "tiny", "prompt": "x", "logprobs": 2}, openai.BadRequestError, "unsupported_parameter"),
+        ({"model": "tiny", "prompt": "x", "suffix": "y"}, openai.BadRequestError, "unsupported_parameter"),
         ({"model": "tiny", "prompt": "x", "stream": True, "n": 200}, openai.BadRequestError, "invalid_value"),
     ],
 )

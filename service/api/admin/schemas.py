@@ -5,8 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from service.api.openai.fields import Text
-from service.api.openai.schemas import StrictBody
+from service.api.openai.fields import StrictBody, Text
 from service.jobs.submission import Submission
 from service.jobs.types import Evaluation, Job, JobState
 

@@ -1,1 +1,1 @@
-"""The part of OpenAI's API we serve: completions, chat completions, models."""
+"""The part of OpenAI's API we serve, with vLLM's extensions: completions, chat completions, models, tokens."""

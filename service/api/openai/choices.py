@@ -49,7 +49,7 @@ async def run_choices(model: ServedModel, requests: Sequence[GenerationRequest])
 
 async def _pump(model: ServedModel, index: int, request: GenerationRequest, inbox: Inbox) -> None:
     """Move one sequence's events into the common inbox."""
-    if request.sampling.max_tokens == 0:
+    if request.sampling.max_tokens == 0 and request.sampling.prompt_logprobs is None and not request.embed:
         inbox.put_nowait(ChoiceEvent(index=index, event=_nothing(request)))
         return
     async with aclosing(model.generate(request)) as events:
@@ -58,7 +58,7 @@ async def _pump(model: ServedModel, index: int, request: GenerationRequest, inbo
 
 
 def _nothing(request: GenerationRequest) -> TokenEvent:
-    """The answer to max_tokens = 0, which needs no engine."""
+    """The answer to max_tokens = 0, which needs no engine unless the prompt is scored."""
     return TokenEvent(
         request_id=request.request_id,
         text="",

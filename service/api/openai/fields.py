@@ -1,16 +1,20 @@
-"""Kinds of request field, beyond pydantic's own: text that can be encoded, and parameters we only know the name of.
+"""Base and fields of request bodies: text that can be encoded, and parameters we only know the name of.
 
-OpenAI's API is larger than ours. A parameter we do not serve is refused by name, because a caller who asks for log
-probabilities and gets an answer without them is worse off than one who gets an error. It passes when it is set to the
+OpenAI's API is larger than ours. A parameter we do not serve is refused by name, because a caller who asks for audio
+and gets an answer without it is worse off than one who gets an error. It passes when it is set to the
 value it has when left out, so clients that always send everything work. The few that change nothing about the text
 (`user`, `metadata`, ...) are accepted and ignored, and listed in docs/http-api.md.
 """
 
+import json
+import re
 from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
@@ -19,6 +23,12 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+
+class StrictBody(BaseModel):
+    """Base of every request body."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class Only:
@@ -65,6 +75,20 @@ def check_text(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(check_text)]
 
+
+def _check_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse an object that cannot be written again: as UTF-8, and without running out of stack."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("the object has a text with a lone surrogate, which is not valid Unicode") from None
+    except RecursionError:
+        raise ValueError("the object is nested too deeply") from None
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_check_json)]
+
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 
@@ -90,11 +114,13 @@ Stop = Annotated[
     BeforeValidator(_check_stop, json_schema_input_type=str | list[str] | None),
 ]
 
-Prompt = str | list[str] | list[int] | list[list[int]]
+Prompt = str | list[str] | list[int] | list[list[int]] | None
 
 
 def _check_prompt(value: object) -> object:
     """Say in one sentence what is wrong with a prompt; a union would say it four times, and once for every token."""
+    if value is None:
+        return value
     if isinstance(value, str):
         check_text(value)
     elif not isinstance(value, list) or not value:
@@ -111,3 +137,30 @@ def _check_prompt(value: object) -> object:
 
 
 CheckedPrompt = Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=Prompt)]
+
+
+MAX_BIAS = 100
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")  # one spelling for each id, so none comes twice
+
+
+def _check_logit_bias(value: object) -> object:
+    """Say in one sentence what is wrong with a map of biases; pydantic would repeat the caller's keys."""
+    if not isinstance(value, dict):
+        raise ValueError("logit_bias must be an object of token ids and numbers")  # noqa: TRY004  (a validator's way)
+    for key, bias in value.items():
+        if not TOKEN_ID.fullmatch(key):
+            raise ValueError('every key of logit_bias must be a token id in decimal digits, such as "50256"')
+        if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise ValueError(f"every value of logit_bias must be a number from {-MAX_BIAS} to {MAX_BIAS}")
+    return {int(key): float(bias) for key, bias in value.items()}
+
+
+LogitBias = Annotated[
+    dict[int, float],
+    PlainValidator(
+        _check_logit_bias,
+        json_schema_input_type=dict[
+            Annotated[str, Field(pattern=f"^({TOKEN_ID.pattern})$")], Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+        ],
+    ),
+]

@@ -1,20 +1,23 @@
 """From engine events to what OpenAI's clients expect: whole answers, or chunks of a stream.
 
 A Shape knows how completions or chat completions are written; the rest is the same for both. Chunks are plain
-dictionaries, because a stream makes one per token; the models in schemas.py describe them to OpenAPI, and a test
+dictionaries, because a stream makes one per token; the models in answers.py describe them to OpenAPI, and a test
 validates one against the other.
 """
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from service.api.openai.choices import ChoiceEvent
+from service.api.openai.logprobs import ChatLogprobs, LegacyLogprobs
+from service.api.openai.planning import Plan
+from service.api.openai.progress import ChoiceProgress, Part
 from service.registry.served import ServedModel
 
 Json = dict[str, Any]
+WriterType = type[LegacyLogprobs] | type[ChatLogprobs]
 
 
 class Shape(Protocol):
@@ -23,15 +26,16 @@ class Shape(Protocol):
     id_prefix: str
     whole_object: str
     chunk_object: str
+    writer: WriterType
 
-    def whole_choice(self, index: int, text: str, finish_reason: str) -> Json:
-        """A choice of a whole answer."""
+    def whole(self, parts: list[Part]) -> Json:
+        """What a whole answer has besides its head and usage: choices, and what stands beside them."""
 
-    def first_delta(self, index: int) -> Json | None:
-        """A chunk's choice that opens a stream of `index`; None if nothing is sent before text."""
+    def opening(self, index: int, prompt_extras: Json) -> Json | None:
+        """What the chunk that opens a choice's stream has besides its head; None if there is no such chunk."""
 
-    def chunk_choice(self, index: int, text: str, finish_reason: str | None) -> Json:
-        """A choice of a chunk."""
+    def chunk(self, part: Part) -> Json:
+        """What a chunk has besides its head and usage."""
 
 
 class CompletionShape:
@@ -40,17 +44,30 @@ class CompletionShape:
     id_prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
+    writer: WriterType = LegacyLogprobs
 
-    def whole_choice(self, index: int, text: str, finish_reason: str | None) -> Json:
-        """A choice of a whole answer; a chunk's looks the same."""
-        return {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
+    def whole(self, parts: list[Part]) -> Json:
+        """The choices."""
+        return {"choices": [self._choice(part) for part in parts]}
 
-    def first_delta(self, index: int) -> Json | None:
-        """Nothing."""
-        del index
+    def opening(self, index: int, prompt_extras: Json) -> Json | None:
+        """Nothing; the first part has all."""
+        del index, prompt_extras
         return None
 
-    chunk_choice = whole_choice
+    def chunk(self, part: Part) -> Json:
+        """A choice, written as in a whole answer."""
+        return {"choices": [self._choice(part)]}
+
+    def _choice(self, part: Part) -> Json:
+        return {
+            "text": part.text,
+            "index": part.index,
+            "logprobs": part.logprobs,
+            "finish_reason": part.finish_reason,
+            **part.extras,
+            **part.prompt_extras,
+        }
 
 
 class ChatShape:
@@ -59,96 +76,128 @@ class ChatShape:
     id_prefix = "chatcmpl-"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    writer: WriterType = ChatLogprobs
 
-    def whole_choice(self, index: int, text: str, finish_reason: str) -> Json:
-        """A choice of a whole answer."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+    def whole(self, parts: list[Part]) -> Json:
+        """The choices, with messages; all have the same prompt, so its extensions stand beside them."""
+        return {
+            "choices": [self._choice(part, message=self._message(part)) for part in parts],
+            **parts[0].prompt_extras,
+        }
 
-    def first_delta(self, index: int) -> Json | None:
-        """The role."""
-        return self._choice(index, {"role": "assistant", "content": ""}, None)
+    def opening(self, index: int, prompt_extras: Json) -> Json | None:
+        """The role, and what was asked of the prompt."""
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {"choices": [choice], **prompt_extras}
 
-    def chunk_choice(self, index: int, text: str, finish_reason: str | None) -> Json:
-        """A choice of a chunk; the last has text only if some was left."""
-        return self._choice(index, {"content": text} if text else {}, finish_reason)
+    def chunk(self, part: Part) -> Json:
+        """A choice, with what is new of its message; the last has text only if some was left."""
+        delta: Json = {"content": part.text} if part.text else {}
+        if part.calls:
+            calls = enumerate(part.calls, part.num_calls_before)
+            delta["tool_calls"] = [{"index": index, **call.to_dict()} for index, call in calls]
+        return {"choices": [self._choice(part, delta=delta)]}
 
-    def _choice(self, index: int, delta: Json, finish_reason: str | None) -> Json:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _message(self, part: Part) -> Json:
+        message: Json = {"role": "assistant", "content": part.text, "refusal": None}
+        if part.calls:
+            message |= {"content": part.text or None, "tool_calls": [call.to_dict() for call in part.calls]}
+        return message
+
+    def _choice(self, part: Part, **said: Json) -> Json:
+        return {
+            "index": part.index,
+            **said,
+            "logprobs": part.logprobs,
+            "finish_reason": part.finish_reason,
+            **part.extras,
+        }
 
 
 @dataclass(kw_only=True)
 class Answer:
-    """One answer in the making: its identity, and the tokens it has cost so far."""
+    """One answer in the making: its identity, and its choices as far as they have come."""
 
     shape: Shape
     model: ServedModel
-    prompt_tokens: int
-    num_choices: int
-    id: str = field(default="")
+    plan: Plan
+    id: str
     created: int = field(default_factory=lambda: int(time.time()))
-    _generated: dict[int, int] = field(default_factory=dict)
+    _draws: list[ChoiceProgress] = field(init=False)
+    _identity: Json = field(init=False)
 
     def __post_init__(self) -> None:
-        self.id = self.id or self.shape.id_prefix + uuid.uuid4().hex
+        fingerprint = f"fp_{self.model.manifest.sha256[:12]}"
+        self._identity = {"created": self.created, "model": self.model.name, "system_fingerprint": fingerprint}
+        self._draws = [self._progress(index) for index in range(len(self.plan.requests))]
 
     async def whole(self, events: AsyncIterator[ChoiceEvent]) -> Json:
         """Collect every event into one answer."""
-        texts = [""] * self.num_choices
-        reasons = [""] * self.num_choices
         async for item in events:
-            texts[item.index] += item.event.text
-            self._count(item)
-            if item.event.finish_reason is not None:
-                reasons[item.index] = item.event.finish_reason.value
-        choices = [
-            self.shape.whole_choice(index, text, reason)
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return {**self._head(self.shape.whole_object), "choices": choices, "usage": self._usage()}
+            self._draws[item.index].add(item.event)
+        parts = [progress.release() for progress in self._chosen()]
+        return {**self._head(self.shape.whole_object), **self.shape.whole(parts), "usage": self._usage()}
 
     async def chunks(
         self, events: AsyncIterator[ChoiceEvent], *, includes_usage: bool, repeats_usage: bool
     ) -> AsyncGenerator[Json, None]:
-        """Turn every event that has text or an end into a chunk."""
+        """Turn every event that has something to show into a chunk."""
         opened: set[int] = set()
         async for item in events:
-            self._count(item)
+            progress = self._draws[item.index]
+            progress.add(item.event)
             usage = self._usage() if repeats_usage else None
             if item.index not in opened:
                 opened.add(item.index)
-                first = self.shape.first_delta(item.index)
-                if first is not None:
-                    yield self._chunk([first], usage=usage, shows_usage=includes_usage)
-            reason = item.event.finish_reason
-            if item.event.text or reason is not None:
-                choice = self.shape.chunk_choice(item.index, item.event.text, reason.value if reason else None)
-                yield self._chunk([choice], usage=usage, shows_usage=includes_usage)
+                opening = self.shape.opening(item.index, progress.prompt_extras)
+                if opening is not None:
+                    yield self._chunk(opening, usage=usage, shows_usage=includes_usage)
+            if progress.has_news:
+                yield self._chunk(self.shape.chunk(progress.release()), usage=usage, shows_usage=includes_usage)
         if includes_usage:
-            yield self._chunk([], usage=self._usage(), shows_usage=True)
+            yield self._chunk({"choices": []}, usage=self._usage(), shows_usage=True)
 
-    def _chunk(self, choices: list[Json], *, usage: Json | None, shows_usage: bool) -> Json:
-        chunk = {**self._head(self.shape.chunk_object), "choices": choices}
+    def _progress(self, draw: int) -> ChoiceProgress:
+        plan = self.plan
+        prompt = plan.prompts[draw // plan.draws]
+        shows_logprobs = plan.view.logprobs is not None
+        vocabulary = self.model.vocabulary if shows_logprobs or plan.view.prompt_logprobs is not None else None
+        writer = None
+        if vocabulary is not None and plan.view.logprobs is not None:
+            writer = self.shape.writer(vocabulary, plan.view.logprobs)
+        return ChoiceProgress(draw, prompt, plan.view, writer, vocabulary)
+
+    def _chosen(self) -> list[ChoiceProgress]:
+        """The choices in the order of their indices: every draw, or of each prompt's draws the best, best first."""
+        plan = self.plan
+        if plan.draws == plan.n:
+            return self._draws
+        chosen: list[ChoiceProgress] = []
+        for first in range(0, len(self._draws), plan.draws):
+            draws = self._draws[first : first + plan.draws]
+            chosen += sorted(draws, key=lambda progress: progress.mean_logprob, reverse=True)[: plan.n]
+        for index, progress in enumerate(chosen):
+            progress.index = index
+        return chosen
+
+    def _chunk(self, said: Json, *, usage: Json | None, shows_usage: bool) -> Json:
+        chunk = {**self._head(self.shape.chunk_object), **said}
         if shows_usage or usage is not None:
             chunk["usage"] = usage
         return chunk
 
     def _head(self, object_name: str) -> Json:
-        return {
-            "id": self.id,
-            "object": object_name,
-            "created": self.created,
-            "model": self.model.name,
-            "system_fingerprint": f"fp_{self.model.manifest.sha256[:12]}",
-        }
-
-    def _count(self, item: ChoiceEvent) -> None:
-        self._generated[item.index] = item.event.num_generated_tokens
+        return {"id": self.id, "object": object_name, **self._identity}
 
     def _usage(self) -> Json:
-        generated = sum(self._generated.values())
+        """Each prompt counts once; whether it was cached is what its first draw found."""
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self.plan.prompts)
+        generated = sum(progress.num_generated for progress in self._draws)
+        cached = sum(progress.num_cached for progress in self._draws[:: self.plan.draws])
         return {
-            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens": prompt_tokens,
             "completion_tokens": generated,
-            "total_tokens": self.prompt_tokens + generated,
+            "total_tokens": prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }

@@ -17,20 +17,13 @@ from starlette.responses import JSONResponse, Response
 from service.api.dependencies import RegistryDep, SettingsDep
 from service.api.errors import declared_errors
 from service.api.guard import BEARER, InferenceRoute
+from service.api.openai.answers import ChatCompletion, ChatCompletionChunk, Completion, ModelCard, ModelList
 from service.api.openai.choices import ChoiceEvent, run_choices
-from service.api.openai.prompts import Plan, plan_chat, plan_completion
+from service.api.openai.planning import Plan, plan_chat, plan_completion
+from service.api.openai.requests import ChatBody, CompletionBody, SamplingBody
 from service.api.openai.responses import Answer, ChatShape, CompletionShape, Shape
-from service.api.openai.schemas import (
-    ChatBody,
-    ChatCompletion,
-    ChatCompletionChunk,
-    Completion,
-    CompletionBody,
-    ModelCard,
-    ModelList,
-    SamplingBody,
-)
 from service.api.openai.sse import EventStream
+from service.api.openapi import event_stream
 from service.registry.registry import ModelRegistry
 from service.registry.served import ServedModel
 
@@ -47,28 +40,22 @@ router = APIRouter(
 )
 
 
-def _streamed(model: type[Any]) -> dict[int | str, dict[str, Any]]:
-    """Tell OpenAPI that the answer may also be a stream of `model`."""
-    text = f"With stream: events `data: <{model.__name__}>`, then `data: [DONE]`."
-    return {200: {"content": {"text/event-stream": {"schema": {"type": "string", "description": text}}}}}
-
-
-@router.post("/completions", response_model=Completion, responses=_streamed(Completion))
+@router.post("/completions", response_model=Completion, responses=event_stream(Completion))
 async def create_completion(
     body: CompletionBody, request: Request, registry: RegistryDep, settings: SettingsDep
 ) -> Response:
     """Continue one or many prompts."""
     return await _respond(
-        request, registry, body, CompletionShape(), partial(_plan_completion, body, settings.max_choices)
+        request, registry, body, CompletionShape(), partial(plan_completion, body, settings.max_choices)
     )
 
 
-@router.post("/chat/completions", response_model=ChatCompletion, responses=_streamed(ChatCompletionChunk))
+@router.post("/chat/completions", response_model=ChatCompletion, responses=event_stream(ChatCompletionChunk))
 async def create_chat_completion(
     body: ChatBody, request: Request, registry: RegistryDep, settings: SettingsDep
 ) -> Response:
     """Continue a conversation, written as the model's chat template says."""
-    return await _respond(request, registry, body, ChatShape(), partial(_plan_chat, body, settings.max_choices))
+    return await _respond(request, registry, body, ChatShape(), partial(plan_chat, body, settings.max_choices))
 
 
 @router.get("/models", response_model=ModelList)
@@ -84,18 +71,16 @@ async def read_model(name: str, registry: RegistryDep) -> ModelCard:
 
 
 def _card(model: ServedModel) -> ModelCard:
-    return ModelCard(id=model.name, created=model.created, max_model_len=model.engine.info.max_model_len)
+    return ModelCard(
+        id=model.name,
+        created=model.created,
+        max_model_len=model.engine.info.max_model_len,
+        method=model.manifest.method,
+        bits_per_weight=round(model.manifest.bits.whole_model, 4),
+    )
 
 
 Planner = Callable[[ServedModel, str], Plan]
-
-
-def _plan_completion(body: CompletionBody, max_choices: int, model: ServedModel, request_id: str) -> Plan:
-    return plan_completion(body, model, request_id, max_choices)
-
-
-def _plan_chat(body: ChatBody, max_choices: int, model: ServedModel, request_id: str) -> Plan:
-    return plan_chat(body, model, request_id, max_choices)
 
 
 async def _respond(
@@ -106,18 +91,12 @@ async def _respond(
     async with AsyncExitStack() as held:
         model = held.enter_context(registry.lease(body.model))
         plan = await model.in_tokenizer_thread(partial(planner, model, answer_id))
-        answer = Answer(
-            shape=shape,
-            model=model,
-            id=answer_id,
-            prompt_tokens=plan.prompt_tokens,
-            num_choices=len(plan.requests),
-        )
+        answer = Answer(shape=shape, model=model, plan=plan, id=answer_id)
         events = await held.enter_async_context(aclosing(run_choices(model, plan.requests)))
         if not body.stream:
-            whole = await _unless_disconnected(request, answer.whole(events))
+            whole = await unless_disconnected(request, answer.whole(events))
             return JSONResponse(whole) if whole is not None else Response(status_code=CLIENT_CLOSED_REQUEST)
-        primed = await _unless_disconnected(request, _prime(events))
+        primed = await unless_disconnected(request, _prime(events))
         if primed is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         chunks = answer.chunks(primed, includes_usage=body.includes_usage, repeats_usage=body.repeats_usage)
@@ -137,7 +116,7 @@ async def _prime(events: AsyncGenerator[ChoiceEvent, None]) -> AsyncGenerator[Ch
     return whole()
 
 
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """Await `work`, but stop it and return None as soon as the client leaves."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnect(request))

@@ -7,7 +7,7 @@ from service.api.guard import AdminRoute, GuardedRoute, InferenceRoute
 from service.auth import Scope, add_key
 from tests.support.scripted_server import scripted_server
 
-PUBLIC = {"/health/live", "/health/ready", "/metrics", "/openapi.json"}
+PUBLIC = {"/health", "/health/live", "/health/ready", "/metrics", "/openapi.json"}
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from service.api.openai.schemas import ChatCompletion, ChatCompletionChunk
+from service.api.openai.answers import ChatCompletion, ChatCompletionChunk
 from tests.support.scripted_server import scripted_server
 
 
@@ -48,8 +48,8 @@ def test_a_stream_opens_with_the_role(server):
     chunks = [ChatCompletionChunk.model_validate_json(line.removeprefix("data: "), extra="forbid") for line in lines]
     for index in (0, 1):
         own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
-        assert own[0].delta == {"role": "assistant", "content": ""}
-        assert "".join(choice.delta.get("content", "") for choice in own) == "Hello world"
+        assert (own[0].delta.role, own[0].delta.content) == ("assistant", "")
+        assert "".join(choice.delta.content or "" for choice in own) == "Hello world"
         assert [choice.finish_reason for choice in own] == [None, None, None, "stop"]
 
 
@@ -68,14 +68,24 @@ def test_the_default_length_is_what_the_context_leaves(server):
     ("body", "code", "param"),
     [
         ({"messages": []}, "invalid_value", "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages.0.role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "invalid_value", "messages.0.role"),
+        ({"messages": [{"role": "assistant"}]}, "missing_required_parameter", "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "invalid_value",
+            "messages.0.content.0.type",
+        ),
         ({"messages": [{"role": "user"}]}, "missing_required_parameter", "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x" * 64}]}, "context_length_exceeded", "messages"),
-        ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-        ({"logprobs": True}, "unsupported_parameter", "logprobs"),
+        ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
+        ({"modalities": ["audio"]}, "unsupported_parameter", "modalities"),
+        ({"echo": True}, "unsupported_parameter", "echo"),
+        ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
+        ({"logprobs": 1}, "invalid_value", "logprobs"),
         ({"chat_template": "{{ 1 }}"}, "unsupported_parameter", "chat_template"),
-        ({"chat_template_kwargs": {"a": 1}}, "unsupported_parameter", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "invalid_value", "chat_template_kwargs"),
+        ({"continue_final_message": True}, "invalid_value", "continue_final_message"),
         ({"prompt": "x"}, "unknown_parameter", "prompt"),
     ],
 )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from service.api.openai.schemas import Completion
+from service.api.openai.answers import Completion
 from service.errors import EngineBusy, EngineDead, EngineStartFailed
 from tests.support.scripted_engine import FinishReason, Script, ScriptedStarter
 from tests.support.scripted_server import scripted_server
@@ -20,6 +20,15 @@ def complete(client, **body):
     return client.post("/v1/completions", json={"model": "paper", "prompt": "hi", **body})
 
 
+def usage(prompt_tokens, completion_tokens, cached_tokens=0):
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
 def frames(text: str) -> list[str]:
     """The data of each event; anything that is not an event fails."""
     parts = text.split("\n\n")
@@ -32,7 +41,7 @@ def test_an_answer_has_text_reason_and_usage(server):
     """The whole answer, field by field."""
     answer = complete(server[0]).json()
     assert answer["choices"] == [{"text": "Hello world", "index": 0, "logprobs": None, "finish_reason": "stop"}]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert answer["usage"] == usage(2, 3)
     assert (answer["object"], answer["model"]) == ("text_completion", "paper")
     assert answer["id"].startswith("cmpl-")
 
@@ -55,10 +64,11 @@ def test_defaults_are_openais(server):
         (["a", "b"], [(97,), (98,)]),
         ([1, 2], [(1, 2)]),
         ([[1], [2, 3]], [(1,), (2, 3)]),
+        (None, [(256,)]),
     ],
 )
 def test_all_four_forms_of_a_prompt(server, prompt, expected):
-    """Text, texts, token ids and lists of them reach the engine as token ids; bytes are ids of the tokenizer."""
+    """Text, texts, token ids and lists of them reach the engine as token ids; null is where a text begins."""
     client, starter = server
     answer = complete(client, prompt=prompt).json()
     assert [request.prompt_token_ids for request in starter.engines[0].requests] == expected
@@ -74,7 +84,7 @@ def test_choices_are_prompt_times_n_with_seeds_of_their_own(server):
     requests = starter.engines[0].requests
     assert [request.sampling.seed for request in requests] == [9, 10, 11, 9, 10, 11]
     assert [request.prompt_token_ids for request in requests] == [(97,)] * 3 + [(98,)] * 3
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 18, "total_tokens": 20}
+    assert answer["usage"] == usage(2, 18)
 
 
 def test_seeds_at_the_edge_stay_in_range(server):
@@ -96,7 +106,7 @@ def test_a_cut_answer_says_length(server):
     }
     empty = complete(client, max_tokens=0).json()
     assert (empty["choices"][0]["text"], empty["choices"][0]["finish_reason"]) == ("", "length")
-    assert empty["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert empty["usage"] == usage(2, 0)
     assert len(starter.engines[0].requests) == 1
 
 
@@ -127,7 +137,7 @@ def test_a_stream_ends_with_usage_if_asked(server):
     *chunks, last, done = [json.loads(f) if f != "[DONE]" else f for f in frames(response.text)]
     assert done == "[DONE]"
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+    assert last["usage"] == usage(2, 6)
     assert all(chunk["usage"] is None for chunk in chunks)
     assert {choice["index"] for chunk in chunks for choice in chunk["choices"]} == {0, 1}
 
