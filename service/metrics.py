@@ -1,9 +1,10 @@
 """Every Prometheus metric of the service, declared once.
 
-Names are `onebit_*` in base units, `_total` on counters only; buckets are vLLM's, so that its dashboards fit after one
-search and replace. Labels hold names that an operator chose (models, layers, texts, jobs), never what a caller sent, so
-no request can make a new series. Series of an artifact live while it is loaded. `promtool check metrics` accepts the
-whole page; it refuses a unit called `bits`, so bits per weight are left to PromQL:
+Names are `onebit_*` in base units, `_total` on counters only; buckets are vLLM's. `Metrics(vllm_names=True)` shows the
+engine's figures once more under vLLM's own names (`service.vllm_names`), for its dashboards and autoscalers. Labels
+hold names that an operator chose (models, layers, texts, jobs), never what a caller sent, so no request can make a new
+series. Series of an artifact live while it is loaded. `promtool check metrics` accepts all of ours; it refuses a unit
+called `bits`, so bits per weight are left to PromQL:
 
     8 * sum by (model) (onebit_artifact_weight_bytes) / on (model) onebit_artifact_parameters
 
@@ -27,6 +28,7 @@ from prometheus_client import (
 )
 
 from onebit_core.artifact.manifest import EvaluationResult, LayerReport, Manifest, Report
+from service.vllm_names import VllmNames
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a `_created` series beside each counter and histogram doubles the page and serves nobody
 
@@ -44,11 +46,14 @@ REQUEST_SECONDS_BUCKETS = (
 )
 ITERATION_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 TOKEN_LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+CHOICES_BUCKETS = (1, 2, 5, 10, 20)
+DIVERGENCE_BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 HTTP_SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 # fmt: on
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+SCORED_POSITIONS = ("prompt", "completion")
 
 
 class EngineMetrics:
@@ -61,13 +66,13 @@ class EngineMetrics:
         def counter(name: str, text: str) -> Counter:
             return Counter(name, text, ["model"], registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, ["model"], buckets=buckets, registry=registry)
-
         self.running = gauge("onebit_requests_running", "Sequences in the engine's current batch.")
         self.waiting = gauge("onebit_requests_waiting", "Sequences waiting in the engine's queue.")
         self.cache_usage = gauge("onebit_kv_cache_usage_ratio", "Share of the KV cache's pages in use, 0 to 1.")
         self.prompt_tokens = counter("onebit_prompt_tokens_total", "Prompt tokens of started sequences.")
+        self.cached_tokens = counter(
+            "onebit_prompt_tokens_cached_total", "Prompt tokens of started sequences that were in the prefix cache."
+        )
         self.generation_tokens = counter("onebit_generation_tokens_total", "Tokens generated.")
         self.success = Counter(
             "onebit_request_success_total",
@@ -78,13 +83,42 @@ class EngineMetrics:
         self.preemptions = counter(
             "onebit_preemptions_total", "Sequences set back to free cache pages, to be computed again."
         )
+        self.prefix_queries = counter(
+            "onebit_prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."
+        )
+        self.prefix_hits = counter("onebit_prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")
+        self.corrupted = counter("onebit_corrupted_requests_total", "Sequences that ended because of NaN or infinity.")
         self.rejections = counter("onebit_admission_rejections_total", "Sequences refused: the queue was full.")
         self.restarts = counter("onebit_engine_restarts_total", "Times the engine process died and was replaced.")
+        self.info = Gauge(
+            "onebit_engine_info",
+            "What computes, always 1: backend of the packed layers with its instruction set, device, activation dtype.",
+            ["model", "backend", "device", "dtype"],
+            registry=registry,
+        )
+        self.cache_info = Gauge(
+            "onebit_cache_config_info",
+            "The KV cache, always 1: tokens in a page, pages, dtype, longest prompt plus completion, shared prefixes.",
+            ["model", "page_size", "num_pages", "dtype", "max_model_len", "prefix_caching"],
+            registry=registry,
+        )
+        self._declare_times(registry)
+        self._declare_sizes(registry)
+
+    def _declare_times(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, ["model"], buckets=buckets, registry=registry)
+
         self.first_token = histogram(
             "onebit_time_to_first_token_seconds", "From arrival to the first token.", TIME_TO_FIRST_TOKEN_BUCKETS
         )
         self.inter_token = histogram(
             "onebit_inter_token_latency_seconds", "Between two tokens of a sequence.", INTER_TOKEN_BUCKETS
+        )
+        self.output_token = histogram(
+            "onebit_request_time_per_output_token_seconds",
+            "Mean of a sequence between two tokens.",
+            INTER_TOKEN_BUCKETS,
         )
         self.latency = histogram(
             "onebit_e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_SECONDS_BUCKETS
@@ -92,6 +126,20 @@ class EngineMetrics:
         self.queue_time = histogram(
             "onebit_request_queue_time_seconds", "From arrival to the first step.", REQUEST_SECONDS_BUCKETS
         )
+        self.prefill_time = histogram(
+            "onebit_request_prefill_time_seconds", "From the first step to the first token.", REQUEST_SECONDS_BUCKETS
+        )
+        self.decode_time = histogram(
+            "onebit_request_decode_time_seconds", "From the first token to the last.", REQUEST_SECONDS_BUCKETS
+        )
+        self.inference_time = histogram(
+            "onebit_request_inference_time_seconds", "From the first step to the last token.", REQUEST_SECONDS_BUCKETS
+        )
+
+    def _declare_sizes(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, ["model"], buckets=buckets, registry=registry)
+
         self.iteration_tokens = histogram(
             "onebit_iteration_tokens", "Tokens computed in one step of the engine.", ITERATION_TOKENS_BUCKETS
         )
@@ -101,24 +149,85 @@ class EngineMetrics:
         self.request_generation_tokens = histogram(
             "onebit_request_generation_tokens", "Completion length of a sequence.", TOKEN_LENGTH_BUCKETS
         )
-        self.info = Gauge(
-            "onebit_engine_info",
-            "What computes, always 1: backend of the packed layers with its instruction set, device, activation dtype.",
-            ["model", "backend", "device", "dtype"],
-            registry=registry,
+        self.computed_tokens = histogram(
+            "onebit_request_prefill_kv_computed_tokens", "Prompt tokens not found in the cache.", TOKEN_LENGTH_BUCKETS
+        )
+        self.longest_completion = histogram(
+            "onebit_request_max_num_generation_tokens", "Longest completion of a prompt.", TOKEN_LENGTH_BUCKETS
+        )
+        self.params_n = histogram("onebit_request_params_n", "Completions asked for of a prompt.", CHOICES_BUCKETS)
+        self.params_max_tokens = histogram(
+            "onebit_request_params_max_tokens", "Most tokens asked for of a sequence.", TOKEN_LENGTH_BUCKETS
         )
 
     def start_series(self, model: str) -> None:
         """Show every series of a model at zero, so that rates exist before the first request."""
         for metric in vars(self).values():
-            if metric not in (self.success, self.info):
+            if metric not in (self.success, self.info, self.cache_info):
                 metric.labels(model)
         for reason in FINISHED_REASONS:
             self.success.labels(model, reason)
 
     def end_series(self, model: str) -> None:
         """Take the gauges of an unloaded model away; its counters stay, as Prometheus expects of counters."""
-        for gauge in (self.running, self.waiting, self.cache_usage, self.info):
+        for gauge in (self.running, self.waiting, self.cache_usage, self.info, self.cache_info):
+            gauge.remove_by_labels({"model": model})
+
+
+class LiveMetrics:
+    """What served models do on this machine: golden prompts at load, and a share of real traffic, both scored.
+
+    Labels: model; positions is "prompt" for predictions of prompt tokens and "completion" for generated ones.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, ["model", *labels], registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, ["model", *labels], registry=registry)
+
+        self.golden_error = gauge(
+            "onebit_golden_check_logprob_error_nats",
+            "Mean absolute error of log probabilities over the golden prompts at load, against the reference.",
+        )
+        self.golden_timestamp = gauge(
+            "onebit_golden_check_timestamp_seconds", "When the golden prompts were replayed, Unix time."
+        )
+        self.kl = Histogram(
+            "onebit_live_kl_divergence_nats",
+            "KL(original || served) of each scored token of real traffic.",
+            ["model", "positions"],
+            buckets=DIVERGENCE_BUCKETS,
+            registry=registry,
+        )
+        self.recent_kl = gauge(
+            "onebit_live_recent_kl_nats", "KL over the latest scored tokens.", "positions", "statistic"
+        )
+        self.top1 = counter(
+            "onebit_live_top1_agreement_total",
+            "Scored tokens, by whether original and served model rank the same first.",
+            "positions",
+            "agrees",
+        )
+        self.scored = counter("onebit_live_scored_sequences_total", "Sequences scored against the original.")
+        self.dropped = counter("onebit_live_dropped_sequences_total", "Sequences not scored: the scorer was behind.")
+        self.failed = counter("onebit_live_failed_sequences_total", "Sequences that the scorer could not score.")
+        self.scorer_up = gauge("onebit_live_scorer_up", "Whether the scorer has both models loaded, 1 or 0.")
+        self.scorer_restarts = counter("onebit_live_scorer_restarts_total", "Times the scorer died and was replaced.")
+
+    def start_scoring(self, model: str) -> None:
+        """Show a scored model's series at zero; models that are not scored have none."""
+        for metric in (self.scored, self.dropped, self.failed, self.scorer_up, self.scorer_restarts):
+            metric.labels(model)
+        for positions in SCORED_POSITIONS:
+            self.kl.labels(model, positions)
+            for agrees in ("yes", "no"):
+                self.top1.labels(model, positions, agrees)
+
+    def end_series(self, model: str) -> None:
+        """Take the gauges of an unloaded model away."""
+        for gauge in (self.golden_error, self.golden_timestamp, self.recent_kl, self.scorer_up):
             gauge.remove_by_labels({"model": model})
 
 
@@ -248,16 +357,23 @@ def _layers_by_series(report: Report) -> dict[tuple[str, str], list[LayerReport]
 
 
 class Metrics:
-    """All metrics of one server."""
+    """All metrics of one server.
 
-    def __init__(self) -> None:
+    Args:
+        vllm_names: whether the engine's figures are shown under vLLM's names too.
+    """
+
+    def __init__(self, *, vllm_names: bool = False) -> None:
         self.registry = CollectorRegistry()
         self.engine = EngineMetrics(self.registry)
+        self.live = LiveMetrics(self.registry)
         self.artifact = ArtifactMetrics(self.registry)
         self.jobs = JobMetrics(self.registry)
         self.http = HttpMetrics(self.registry)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+        if vllm_names:
+            self.registry.register(VllmNames(vars(self.engine).values()))
 
     def page(self) -> bytes:
         """Return the text exposition of every metric."""

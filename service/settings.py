@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     )
 
     artifacts: Annotated[CliPositionalArg[list[str]], NoDecode] = Field(
-        default=[], description="Artifact folders to load at start. Each is served under its manifest's name."
+        default=[],
+        description="Artifact folders to load at start, each served under its manifest's name; or originals to "
+        "compare with, a Hugging Face folder or a GGUF file, under the name of the folder or file.",
     )
     artifact_root: Path | None = Field(
         default=None,
@@ -62,11 +64,22 @@ class Settings(BaseSettings):
         "dense unpacks once at load (memory of the original), reference unpacks at every call (slow). "
         "auto is cpu or triton by the device, or dense, with a warning, where that one cannot run.",
     )
+    fuse: bool = Field(
+        default=True,
+        description="Whether decoder blocks of Llama, Mistral, Qwen2 and Qwen3 are computed in one call of the cpu "
+        "backend, in float32 with pages of 16 tokens; others, and all without it, run transformers' own modules.",
+    )
     page_size: int = Field(default=16, ge=1, le=1024, description="Token positions in one page of KV cache.")
     kv_cache_bytes: int = Field(
         default=1 << 30,
         ge=1 << 16,
         description="Bytes of KV cache for each model. Decides how many tokens may be in flight together.",
+    )
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        default="auto",
+        description="How keys and values are kept: auto in dtype, int8 in a byte each and a scale per token and head. "
+        "int8 holds 2 to 4 times as many tokens, changes logits slightly, and computes slower on CPU: blocks are not "
+        "fused then.",
     )
     max_num_sequences: int = Field(
         default=64, ge=1, description="Sequences in one step of the engine; more wait in the queue."
@@ -74,7 +87,14 @@ class Settings(BaseSettings):
     max_batched_tokens: int = Field(
         default=1024,
         ge=1,
-        description="Tokens in one step of the engine; a longer prompt is read in several steps.",
+        description="Tokens in one step of the engine; a longer prompt is read in several steps. Running sequences get "
+        "a token in every step, so a smaller number bounds their wait beside a long prompt, and a larger one reads "
+        "prompts in fewer steps.",
+    )
+    prefix_caching: bool = Field(
+        default=True,
+        description="Whether the KV cache of a prompt's beginning is used again when another prompt begins alike. "
+        "Requests with different cache_salt never share.",
     )
     max_queued_requests: int = Field(
         default=256,
@@ -106,11 +126,40 @@ class Settings(BaseSettings):
         description="Seconds from SIGTERM to exit. Running requests get all but the last fifth, at most 5 seconds, "
         "of them; then streams end with an error event.",
     )
+    golden_check: Literal["on", "off"] = Field(
+        default="on",
+        description="Whether a model must answer its artifact's golden prompts as the reference did before it is "
+        "served.",
+    )
+    score_share: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of finished sequences that a process of lowest priority scores against the original model: "
+        "KL divergence and top-1 agreement on /metrics. It holds the original in memory.",
+    )
+    score_original: Annotated[list[str], NoDecode] = Field(
+        default=[],
+        description="NAME=FOLDER or NAME=FILE.gguf: the original to score a served model against. By default the one "
+        "its manifest names, if it is there with the same weights.",
+    )
+    score_max_tokens: int = Field(
+        default=512, ge=2, description="Tokens of a scored sequence that are compared, its last ones."
+    )
+    score_threads: int = Field(default=1, ge=1, description="Threads of each model's scorer.")
+    score_device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where scorers run: cpu, cuda or cuda:N."
+    )
+    vllm_metric_names: bool = Field(
+        default=False,
+        description="Whether /metrics shows the engine's figures under vLLM's names too, for its dashboards and "
+        "autoscalers.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level of log lines. Lines are JSON on standard error."
     )
 
-    @field_validator("artifacts", "job_sources", mode="before")
+    @field_validator("artifacts", "job_sources", "score_original", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         """Take `a,b` from an environment variable as a list of two."""
@@ -127,6 +176,23 @@ class Settings(BaseSettings):
         if not self.artifacts and self.artifact_root is None:
             raise ValueError("nothing to serve: name at least one artifact folder, or set artifact_root")
         return self
+
+    @field_validator("score_original")
+    @classmethod
+    def _check_originals(cls, values: list[str]) -> list[str]:
+        """Refuse what names no model or no file; a download belongs before the start of a server."""
+        for value in values:
+            name, _, path = value.partition("=")
+            if not name or not path:
+                raise ValueError(f"{value!r} is not of the form NAME=FOLDER or NAME=FILE.gguf")
+            if not Path(path).expanduser().exists():
+                raise ValueError(f"there is no original {path!r}")
+        return values
+
+    @property
+    def originals(self) -> dict[str, str]:
+        """Names of served models to the originals they are scored against."""
+        return dict(value.split("=", 1) for value in self.score_original)
 
     @property
     def tail_seconds(self) -> float:

@@ -6,6 +6,7 @@ An artifact is a folder:
     model.safetensors        packed tensors, in the layouts of onebit_core/layers; above 5 GB several files and an index
     manifest.json            Manifest
     report.json              Report; `onebit evaluate` adds to it
+    golden.json              prompts with what the model says to them (artifact/golden.py), where it could be computed
     tokenizer files          copied from the original
     generation_config.json   copied from the original, where it has one
 
@@ -20,7 +21,10 @@ from onebit_core.config import StrictConfig
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
+GOLDEN_FILE = "golden.json"
 WEIGHTS_FILE = "model.safetensors"
+ORIGINAL = "original"
+"""The method of a manifest that describes an original (artifact/original.py); no artifact has it."""
 
 PARTS = ("signs", "codes", "scales", "salient", "index", "embedding", "full_precision")
 """Where the bytes of an artifact can be: keys of `Manifest.bytes_by_part`."""
@@ -78,6 +82,7 @@ class Manifest(StrictConfig):
         bits: bits per weight.
         bytes_by_part: bytes written, by PARTS.
         sha256: of model.safetensors, or of its shards one after the other.
+        golden_sha256: of golden.json; empty where there is none.
     """
 
     format_version: int
@@ -94,6 +99,7 @@ class Manifest(StrictConfig):
     reconstruction: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     rotation: str = "off"
+    golden_sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from onebit_core.artifact.golden import read_golden
 from onebit_core.artifact.identity import read_manifest, read_report
 from onebit_core.artifact.manifest import Manifest
 from onebit_core.artifact.registration import QUANT_METHOD, OnebitQuantizationConfig, swap_modules
@@ -78,7 +79,7 @@ def load_model(
         device: auto, cpu, cuda or cuda:N.
         dtype: of activations: float32, bfloat16, float16; auto is float32 on the CPU and bfloat16 elsewhere.
         backend: see onebit_core.kernels.backends.
-        verify: compare the weights with the manifest's hash.
+        verify: compare weights and golden prompts with the manifest's hashes.
 
     Raises:
         ArtifactError: not an artifact, of a newer version, or damaged.
@@ -96,6 +97,8 @@ def load_model(
         raise CorruptArtifact(
             f"{weight_files(folder)[0]}: the hash is not the manifest's; the file was damaged or changed"
         )
+    if verify:
+        read_golden(folder, manifest)
     if device == "cpu":
         _check_memory(manifest, torch_dtype, chosen)
     model: Any = AutoModelForCausalLM.from_pretrained(

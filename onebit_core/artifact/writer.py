@@ -6,6 +6,7 @@ Whatever is not quantized is copied from the original's files in its own dtype, 
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import platform
 import shutil
@@ -15,12 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import onebit_core
+from onebit_core.artifact.golden import GoldenPrompts, write_golden
+from onebit_core.artifact.golden_answers import COMPLETION_TOKENS, compute_golden
 from onebit_core.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -31,13 +35,21 @@ from onebit_core.artifact.manifest import (
     Report,
     SourceInfo,
 )
-from onebit_core.artifact.reader import check_tensors
+from onebit_core.artifact.reader import check_tensors, load_model
 from onebit_core.artifact.registration import OnebitQuantizationConfig, swap_embedding, ties_embedding
 from onebit_core.artifact.weight_files import save_weights, stored_tensors, weights_sha256
 from onebit_core.config import StrictConfig
-from onebit_core.errors import ArtifactError, CorruptArtifact, first_line
+from onebit_core.errors import ArtifactError, CorruptArtifact, NotEnoughMemory, first_line
 from onebit_core.layers import EMBEDDINGS, QuantizedLinear, quantize_table
 from onebit_core.model.loading import OriginalModel
+
+_log = logging.getLogger(__name__)
+
+LARGEST_DENSE_BYTES = 4 << 30
+"""A model whose dense weights take less, and at most a quarter of what is free, is unpacked for its golden prompts."""
+
+FEW_TOKENS = 4
+"""How far a larger one continues them: it stays packed, and is unpacked layer by layer at every step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +95,11 @@ def write_artifact(original: OriginalModel, draft: ArtifactDraft, out: Path) -> 
         ArtifactError: the folder exists, the disk is full, or what was written does not read back.
     """
     refuse_existing(out)
+    return _add_golden(out, _write_whole(original, draft, out))
+
+
+def _write_whole(original: OriginalModel, draft: ArtifactDraft, out: Path) -> Manifest:
+    """Write everything that the artifact cannot do without."""
     with _temporary_folder(out) as folder:
         stored = dict(draft.layers)
         tensors, parts = _collect(original, draft, stored)
@@ -113,10 +130,8 @@ def update_report(path: str | Path, report: Report) -> None:
         ArtifactError: the folder cannot be written.
     """
     file = Path(path) / REPORT_FILE
-    temporary = file.with_suffix(".writing")
     try:
-        _write_json(temporary, report)
-        temporary.replace(file)
+        _replace_json(file, report)
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be written ({error.strerror})") from error
 
@@ -251,6 +266,30 @@ def _read_back(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             raise CorruptArtifact(f"{folder}: tensor {name!r} reads back differently; the disk may be faulty")
 
 
+def _add_golden(folder: Path, manifest: Manifest) -> Manifest:
+    """Load what was written, let it continue the golden prompts, and return the manifest that knows of them.
+
+    The artifact is complete by now and stays so, whatever happens: golden.json counts once the manifest has its hash.
+    """
+    try:
+        golden = _golden_of(folder, manifest)
+        with_golden = dataclasses.replace(manifest, golden_sha256=write_golden(folder, golden))
+        _replace_json(folder / MANIFEST_FILE, with_golden)
+    except (NotEnoughMemory, OSError, RuntimeError, ValueError) as error:  # no reason to lose the work of hours
+        _log.warning("%s: written without golden prompts (%s)", manifest.name, first_line(error))
+        return manifest
+    return with_golden
+
+
+def _golden_of(folder: Path, manifest: Manifest) -> GoldenPrompts:
+    """Compute the golden prompts on the CPU, in float32, without packed kernels."""
+    dense_bytes = manifest.source.parameters * torch.float32.itemsize
+    fits = dense_bytes <= min(LARGEST_DENSE_BYTES, psutil.virtual_memory().available // 4)
+    backend, tokens = ("dense", COMPLETION_TOKENS) if fits else ("reference", FEW_TOKENS)
+    loaded = load_model(folder, device="cpu", dtype="float32", backend=backend, verify=False)
+    return compute_golden(loaded.model, loaded.tokenizer, backend=backend, tokens=tokens)
+
+
 @contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """Make a folder beside `out` that disappears unless it was renamed."""
@@ -268,6 +307,13 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
         raise ArtifactError(f"{out}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace_json(file: Path, values: StrictConfig) -> None:
+    """Replace one JSON file at once."""
+    temporary = file.with_suffix(".writing")
+    _write_json(temporary, values)
+    temporary.replace(file)
 
 
 def _write_json(file: Path, values: StrictConfig) -> None:

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from onebit_core.artifact.golden import read_golden
 from onebit_core.artifact.identity import read_manifest, read_report
 from onebit_core.artifact.manifest import Manifest, Report
 from onebit_core.cli.tables import bytes_table, layers_table, print_evaluation, tasks_table
@@ -27,7 +28,7 @@ def inspect(
     if as_json:
         print(json.dumps({"manifest": manifest.to_dict(), "report": report.to_dict()}, indent=2))
     else:
-        _print_tables(Console(), manifest, report)
+        _print_tables(Console(), artifact, manifest, report)
     if html is not None and not as_json:
         print(f"page written to {html}")
 
@@ -40,7 +41,16 @@ def _write(file: Path, page: str) -> None:
         raise ConfigError(f"--html {file}: cannot be written: {error.strerror}") from error
 
 
-def _print_tables(console: Console, manifest: Manifest, report: Report) -> None:
+def _golden_note(artifact: Path, manifest: Manifest) -> str:
+    """Say what a server can check the artifact against; a damaged file is an error here too."""
+    golden = read_golden(artifact, manifest)
+    if golden is None:
+        return "none; a server cannot check that it computes this artifact right"
+    tokens = sum(len(prompt.completion) for prompt in golden.prompts)
+    return f"{len(golden.prompts)} with {tokens} tokens, by {golden.backend} in {golden.dtype}"
+
+
+def _print_tables(console: Console, artifact: Path, manifest: Manifest, report: Report) -> None:
     """Print the facts, then the tables."""
     bits, source = manifest.bits, manifest.source
     facts = {
@@ -52,6 +62,7 @@ def _print_tables(console: Console, manifest: Manifest, report: Report) -> None:
         "source sha256": source.sha256,
         "bits per weight": f"{bits.linear_true:.3f} linears as counted, {bits.linear_nominal:.3f} as advertised, "
         f"{bits.whole_model:.3f} whole model",
+        "golden prompts": _golden_note(artifact, manifest),
         "created": manifest.created,
     }
     for name, value in facts.items():

@@ -1,26 +1,97 @@
-"""What the server reads of an artifact itself: identity and tokenizer. The tensors are the engine's."""
+"""What the server reads of a model itself: identity and tokenizer. The tensors are the engine's.
 
+A model is an artifact, or an original served beside it for comparison: a Hugging Face folder, or a GGUF file, which
+becomes such a folder once, in a process of its own.
+"""
+
+import asyncio
 import logging
+import re
+import sys
+from asyncio.subprocess import PIPE
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onebit_core.artifact.identity import read_manifest, read_report
-from onebit_core.artifact.manifest import Manifest, Report
-from onebit_core.errors import CorruptArtifact
+from onebit_core.artifact.identity import ModelKind, kind_of, read_manifest, read_report
+from onebit_core.artifact.manifest import ORIGINAL, Manifest, Report
+from onebit_core.errors import CorruptArtifact, UnsupportedModel
 from service.log import adopt_logger
 
+NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
-def read_identity(path: Path) -> tuple[Manifest, Report]:
-    """Read manifest and report of an artifact folder.
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a model says of itself.
+
+    Attributes:
+        folder: where its tensors and its tokenizer are.
+        manifest: an artifact's; an original's has the method "original".
+        report: what was measured; empty for an original.
+    """
+
+    folder: Path
+    manifest: Manifest
+    report: Report
+
+    @property
+    def is_original(self) -> bool:
+        """Whether nothing was quantized."""
+        return self.manifest.method == ORIGINAL
+
+
+async def read_identity(path: Path) -> Identity:
+    """Read what a model is.
 
     Raises:
-        ArtifactError: it is missing, not an artifact, or written by a newer version.
+        ArtifactError: it is missing, neither artifact nor original, or an artifact of a newer version.
+        ModelError: an original that cannot be read or converted.
     """
-    return read_manifest(path), read_report(path)
+    kind = await asyncio.to_thread(kind_of, path)
+    folder = await _converted(path) if kind is ModelKind.GGUF else path
+    return await asyncio.to_thread(_read_artifact if kind is ModelKind.ARTIFACT else _read_original, folder, path)
+
+
+def _read_artifact(folder: Path, _: Path) -> Identity:
+    return Identity(folder=folder, manifest=read_manifest(folder), report=read_report(folder))
+
+
+def _read_original(folder: Path, path: Path) -> Identity:
+    from onebit_core.artifact.original import describe_original  # imports torch, which a server of artifacts need not
+
+    whole = path.absolute()  # with its links, which may have better names than what they lead to
+    name = NOT_IN_NAMES.sub("-", whole.stem if path.suffix == ".gguf" else whole.name).strip("._-")
+    manifest = describe_original(folder, name or ORIGINAL, str(path))
+    return Identity(folder=folder, manifest=manifest, report=Report())
+
+
+async def _converted(file: Path) -> Path:
+    """Return the folder a GGUF file was converted into; a child process converts it the first time.
+
+    Raises:
+        UnsupportedModel: transformers cannot convert it.
+    """
+    from onebit_core.model.gguf import converted_folder, is_converted  # imports torch
+
+    folder = await asyncio.to_thread(converted_folder, file)
+    if is_converted(folder):
+        return folder
+    command = (sys.executable, "-m", "onebit_core.model.gguf", str(file))
+    child = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
+    try:
+        printed, complaints = await child.communicate()
+    except BaseException:
+        child.kill()
+        raise
+    if child.returncode:
+        last_line = complaints.decode(errors="replace").strip().rpartition("\n")[2]
+        raise UnsupportedModel(last_line or f"{file}: the conversion ended with code {child.returncode}")
+    return Path(printed.decode().strip())
 
 
 def read_tokenizer(path: Path) -> Any:
-    """Read the artifact's tokenizer; code in the folder is never run.
+    """Read the model's tokenizer; code in the folder is never run.
 
     Raises:
         CorruptArtifact: there is none that transformers can read.

@@ -10,15 +10,18 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from onebit_core.artifact.manifest import Manifest, Report
+from service.accuracy.scorer import LiveScorer
 from service.engine.client import EngineClient
 from service.engine.types import FinishReason, GenerationRequest, TokenEvent
 from service.errors import EngineBusy, EngineDead, GenerationFailed, ShuttingDown
 from service.metrics import EngineMetrics
-from service.registry.watch import SequenceWatch
+from service.registry.vocabulary import Vocabulary
+from service.registry.watch import GroupCounter, SequenceWatch
 
 T = TypeVar("T")
 
@@ -31,6 +34,7 @@ class ServedModel:
         name: what requests call it.
         path: the artifact's folder.
         created: when it was loaded, Unix seconds.
+        scorer: scores a share of the sequences against the original; None where none is.
         tokenizer: transformers' tokenizer of the artifact; used only through `in_tokenizer_thread`.
     """
 
@@ -41,8 +45,18 @@ class ServedModel:
     tokenizer: Any
     engine: EngineClient
     metrics: EngineMetrics
+    scorer: LiveScorer | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    _groups: GroupCounter = field(init=False)
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+
+    def __post_init__(self) -> None:
+        self._groups = GroupCounter(self.metrics, self.name)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What each token writes; made on first use, which must be in the tokenizer thread."""
+        return Vocabulary(self.tokenizer)
 
     async def in_tokenizer_thread(self, work: Callable[[], T]) -> T:
         """Run tokenizer work off the event loop; one thread per model, because tokenizers are not all reentrant."""
@@ -57,12 +71,18 @@ class ServedModel:
             GenerationFailed: this sequence failed.
             ShuttingDown: the engine ended it because it stops.
         """
-        watch = SequenceWatch(self.metrics, self.name)
+        watch = SequenceWatch(self.metrics, self.name, request, self._groups)
+        scorer = self.scorer if self.scorer is not None and self.scorer.wants(request.request_id) else None
+        completion: list[int] = []
         try:
             async with aclosing(self.engine.generate(request)) as events:
                 async for event in events:
                     watch.see(event)
                     _raise_if_failed(event)
+                    if scorer is not None:
+                        completion.extend(event.token_ids)
+                        if event.finish_reason is not None:
+                            scorer.offer(request.prompt_token_ids, completion)
                     yield event
         except EngineBusy:
             watch.reject()
@@ -74,7 +94,9 @@ class ServedModel:
             watch.close()
 
     async def stop(self) -> None:
-        """Stop engine and tokenizer thread."""
+        """Stop scorer, engine and tokenizer thread."""
+        if self.scorer is not None:
+            await self.scorer.stop()
         await self.engine.stop()
         self._executor.shutdown(wait=False, cancel_futures=True)
 

@@ -45,6 +45,10 @@ def test_unknown_flag_ends_with_code_2():
         (["a", "--device", "cuda:"], "--device"),
         (["a", "--host", "0.0.0.0"], "keys_file is required"),
         (["a", "--max-model-len", "0"], "--max-model-len"),
+        (["a", "--golden-check", "maybe"], "--golden-check"),
+        (["a", "--score-share", "1.5"], "--score-share"),
+        (["a", "--score-original", "nothing"], "NAME=FOLDER"),
+        (["a", "--score-original", "m=/does/not/exist"], "/does/not/exist"),
     ],
 )
 def test_impossible_settings_are_one_sentence(arguments, part):

@@ -107,10 +107,12 @@ def test_a_failed_load_leaves_nothing(artifact):
 def test_a_damaged_file_is_an_artifact_error(artifact, file, text):
     """Whatever a damaged file makes a library raise, the answer names the artifact, and the name is free again."""
     (artifact / file).write_text(text)
-    registry = registry_of()
+    starter = ScriptedStarter()
+    registry = registry_of(starter)
     with pytest.raises(ArtifactError, match="paper"):
         asyncio.run(registry.load(artifact))
     assert registry.slots() == []
+    assert all(engine.stopped for engine in starter.engines)  # it is started while the tokenizer is read
 
 
 def test_a_report_that_cannot_be_shown_is_a_corrupt_artifact(artifact):
@@ -228,6 +230,14 @@ def test_steps_and_restarts_are_counted_once(artifact):
         assert (value("onebit_iteration_tokens_count"), value("onebit_iteration_tokens_sum")) == (2, 10)
         assert value("onebit_preemptions_total") == 4
         assert value("onebit_engine_restarts_total") == 2
+        cache = {
+            "page_size": "16",
+            "num_pages": "64",
+            "dtype": "float32",
+            "max_model_len": "64",
+            "prefix_caching": "True",
+        }
+        assert metrics.registry.get_sample_value("onebit_cache_config_info", {"model": "paper", **cache}) == 1
 
     asyncio.run(story())
 
