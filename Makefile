@@ -7,7 +7,7 @@ TORCH  ?= $(shell grep '^torch==' .ci/constraints.txt)
 # Spinning OpenMP threads starve each other on small or busy machines.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install tools lint format test demo bench bench-kernels bench-decode docs quality clean
+.PHONY: install tools lint format test soak demo bench bench-kernels bench-decode bench-serving docs quality clean
 
 # The environment: torch first, then the package with everything, pinned by the constraints file; and the C library of the
 # CPU kernels again whenever its sources change.
@@ -45,6 +45,17 @@ format: install
 test: install
 	$(BIN)/python -m pytest $(ARGS)
 
+# Endurance, an hour or two: tests marked `soak` at full length, and those that run only here. What they found is in
+# build/soak. lm-eval comes into the environment; guidellm has one of its own, for it wants other versions of our libraries.
+soak: install build/guidellm/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[zeroshot]"
+	$(BIN)/python -m pytest -m soak --soak --timeout=5400 --junit-xml=build/soak/results.xml $(ARGS)
+
+build/guidellm/.installed: .ci/constraints.txt
+	$(PYTHON) -m venv build/guidellm
+	build/guidellm/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "guidellm==0.8.1"
+	touch $@
+
 # Quantizes the sample model, shows what it cost, serves it. ARGS goes to the demo, e.g. ARGS="--no-serve".
 demo: install
 	$(BIN)/python -m benchmarks.demo $(ARGS)
@@ -62,7 +73,11 @@ bench-kernels: install
 bench-decode: install
 	$(BIN)/python -m benchmarks.decode $(ARGS)
 
-bench: quality bench-kernels bench-decode
+# Many users at once, against other servers: ARGS="ARTIFACT --rivals DIR", see benchmarks/README.md; --prefix for the cache.
+bench-serving: install
+	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench: quality bench-kernels bench-decode bench-serving
 
 # Regenerates what is generated; a test fails when the committed files differ.
 docs: install

@@ -15,6 +15,17 @@ ROOT = Path(__file__).resolve().parent
 BY_FOLDER = {"integration": pytest.mark.integration, "acceptance": pytest.mark.acceptance}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flag of `make soak`."""
+    parser.addoption("--soak", action="store_true", help="run endurance tests at full length (an hour or two)")
+
+
+@pytest.fixture(scope="session")
+def is_soak(request: pytest.FixtureRequest) -> bool:
+    """Whether this is `make soak`: tests that can take long do."""
+    return bool(request.config.getoption("--soak"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by the folder they stand in."""
     for item in items:

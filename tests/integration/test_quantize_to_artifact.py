@@ -64,9 +64,9 @@ def test_a_reloaded_model_has_the_logits_of_its_weights(tmp_path, architecture, 
         assert not torch.allclose(expected, before)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "olmoe"])
-def test_other_mixtures_are_quantized_too(tmp_path, architecture):
-    """Mixtral, whose checkpoints name everything differently, and OLMoE, with norms over all heads: once each."""
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "gemma2", "gemma3", "phi", "phi3", "mixtral", "olmoe"])
+def test_other_architectures_are_quantized_too(tmp_path, architecture):
+    """Once each: windows, soft caps, fused projections, mixtures whose checkpoints name everything differently."""
     folder = save_tiny_model(tmp_path / "model", architecture=architecture)
     artifact = quantize_tiny(folder, tmp_path / "artifact", "gptq")
     original, _ = load_original(str(folder), dtype=torch.float32)

@@ -1,8 +1,11 @@
 """The real sample model: a GGUF file in, two artifacts out, and error feedback earns its keep."""
 
+import asyncio
+
 import pytest
 import torch
 
+from onebit_core.artifact.manifest import ORIGINAL
 from onebit_core.artifact.reader import load_model, read_manifest
 from onebit_core.errors import ModelNotFound, UnsupportedModel
 from onebit_core.evaluation.compare import evaluate_models
@@ -12,6 +15,9 @@ from onebit_core.model.loading import load_original, open_original
 from onebit_core.model.sample import sample_model_path
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.run import quantize_model
+from service.engine.types import ORIGINAL_LOADER
+from service.registry.artifacts import read_identity
+from tests.support.inline_engine import InlineEngine, greedy
 
 SETTINGS = {"bits": 4, "group_size": 64}
 
@@ -31,6 +37,21 @@ def test_a_gguf_file_opens_as_the_model_it_is(sample):
     assert len(original.blocks) == 30
     assert original.num_parameters == 134_515_008
     assert all(parameter.is_meta for parameter in original.model.parameters())
+
+
+def test_a_gguf_file_is_served_as_an_original(sample):
+    """Described without a name or a bit of its own, and continued by the engine as transformers continues it."""
+    identity = asyncio.run(read_identity(sample))
+    assert (identity.manifest.name, identity.manifest.method) == (sample.stem, ORIGINAL)
+    assert (identity.manifest.source.parameters, identity.manifest.bits.whole_model) == (134_515_008, 16.0)
+    engine = InlineEngine(identity.folder, loader=ORIGINAL_LOADER, kv_cache_bytes=1 << 26)
+    prompt = engine.tokenizer("The capital of France is")["input_ids"]
+    (result,) = engine.run([greedy(0, prompt, 6)])
+    model, _ = load_original(str(identity.folder), dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert result.token_ids == made[0, len(prompt) :].tolist()
+    assert "Paris" in result.text
 
 
 def test_a_file_that_only_looks_like_gguf_is_refused(tmp_path):

@@ -27,3 +27,10 @@ def test_importing_the_core_starts_no_gpu():
     """torch.cuda stays uninitialized."""
     code = "import onebit_core.hf, onebit_core.pipeline.run, torch; assert not torch.cuda.is_initialized()"
     assert "onebit_core.hf" in modules_after(code)
+
+
+def test_the_server_starts_without_torch():
+    """The engine imports it in its own process; a server that did too would start it seconds later."""
+    loaded = modules_after("import service.app, service.__main__")
+    assert "service.registry.registry" in loaded
+    assert not loaded & {"torch", "transformers"}
