@@ -41,9 +41,9 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Everything that must be true, on a CPU, without a network. ARGS goes to pytest.
+# Everything that must be true, on a CPU, without a network, in two processes. ARGS goes to pytest.
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Endurance, an hour or two: tests marked `soak` at full length, and those that run only here. What they found is in
 # build/soak. lm-eval comes into the environment; guidellm has one of its own, for it wants other versions of our libraries.
