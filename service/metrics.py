@@ -13,6 +13,7 @@ Each Metrics owns its registry, so two servers in one process (tests) do not sha
 
 import math
 import re
+from collections.abc import Callable
 from datetime import datetime
 from statistics import fmean
 
@@ -54,6 +55,15 @@ HTTP_SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 SCORED_POSITIONS = ("prompt", "completion")
+
+
+def _histograms(registry: CollectorRegistry) -> Callable[[str, str, tuple[float, ...]], Histogram]:
+    """Return what declares a histogram of each model from its name, its text and its buckets."""
+
+    def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, ["model"], buckets=buckets, registry=registry)
+
+    return histogram
 
 
 class EngineMetrics:
@@ -106,9 +116,7 @@ class EngineMetrics:
         self._declare_sizes(registry)
 
     def _declare_times(self, registry: CollectorRegistry) -> None:
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, ["model"], buckets=buckets, registry=registry)
-
+        histogram = _histograms(registry)
         self.first_token = histogram(
             "onebit_time_to_first_token_seconds", "From arrival to the first token.", TIME_TO_FIRST_TOKEN_BUCKETS
         )
@@ -137,9 +145,7 @@ class EngineMetrics:
         )
 
     def _declare_sizes(self, registry: CollectorRegistry) -> None:
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, ["model"], buckets=buckets, registry=registry)
-
+        histogram = _histograms(registry)
         self.iteration_tokens = histogram(
             "onebit_iteration_tokens", "Tokens computed in one step of the engine.", ITERATION_TOKENS_BUCKETS
         )

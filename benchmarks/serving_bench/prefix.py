@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.serving_bench.load import run_load
 from benchmarks.serving_bench.process import RunningServer
-from benchmarks.serving_bench.results import shown
+from benchmarks.serving_bench.results import ServerLine, shown
 
 REPETITIONS = 2
 OUTPUT_TOKENS = 4
@@ -34,17 +34,10 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixLine:
+class PrefixLine(ServerLine):
     """One server.
 
     Attributes:
-        device: processor with its instruction sets, or GPU.
-        date: of the run, UTC.
-        command: that repeats it.
-        threads: every server was given.
-        model: that all of them serve.
-        server: who, with the weights it was given.
-        version: of it.
         prompt_tokens: of every prompt.
         prompts: how many.
         miss_ms: median time to first token of new prompts.
@@ -52,13 +45,6 @@ class PrefixLine:
         hit_over_miss: median over the prompts of their own ratio.
     """
 
-    device: str
-    date: str
-    command: str
-    threads: int
-    model: str
-    server: str
-    version: str
     prompt_tokens: int
     prompts: int
     miss_ms: float

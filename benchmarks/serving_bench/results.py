@@ -44,8 +44,8 @@ class Measure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
-    """One server at one concurrency: medians over the rounds; quantiles over a round's requests come first.
+class ServerLine:
+    """What every line says of its run and its server.
 
     Attributes:
         device: processor with its instruction sets, or GPU.
@@ -55,6 +55,22 @@ class Line:
         model: that all of them serve.
         server: who, with the weights it was given.
         version: of it.
+    """
+
+    device: str
+    date: str
+    command: str
+    threads: int
+    model: str
+    server: str
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line(ServerLine):
+    """One server at one concurrency: medians over the rounds; quantiles over a round's requests come first.
+
+    Attributes:
         concurrency: requests in flight.
         prompt_tokens: of a request, as the server counts them.
         output_tokens: of a request.
@@ -73,13 +89,6 @@ class Line:
         ratio_to_first: tokens_per_s of the first server over this one's.
     """
 
-    device: str
-    date: str
-    command: str
-    threads: int
-    model: str
-    server: str
-    version: str
     concurrency: int
     prompt_tokens: int
     output_tokens: int

@@ -114,8 +114,21 @@ def paged_attention(
 
 def _decode(query_BHD: Tensor, group: DecodeGroup, cache: AnyKVCache, layer: int, scoring: Scoring) -> Tensor:
     """Attend one query per row over the row's pages; returns [B, H, D]."""
-    if query_BHD.is_cuda and isinstance(cache, KVCache) and scoring.sinks_H is None and _page_reader() is not None:
-        return _decode_in_place(query_BHD, group, cache, layer, scoring)
+    if query_BHD.is_cuda and isinstance(cache, KVCache) and scoring.sinks_H is None:
+        read_pages = _page_reader()
+        if read_pages is not None:
+            keys, values = cache.memory
+            return read_pages(
+                query_BHD,
+                keys[layer],
+                values[layer],
+                group.pages_BP,
+                group.lengths_B,
+                scale=query_BHD.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale,
+                softcap=scoring.softcap,
+                window=scoring.window,
+                most_keys=group.mask_B11S.shape[-1],
+            )
     keys_BPskD, values_BPskD = cache.read(layer, group.pages_BP)
     keys_BKSD = keys_BPskD.flatten(1, 2).transpose(1, 2)
     values_BKSD = values_BPskD.flatten(1, 2).transpose(1, 2)
@@ -139,25 +152,6 @@ def _page_reader() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     return paged_decode
-
-
-def _decode_in_place(query_BHD: Tensor, group: DecodeGroup, cache: KVCache, layer: int, scoring: Scoring) -> Tensor:
-    """Attend as `_decode` does, with a kernel that reads the pages where they lie."""
-    keys, values = cache.memory
-    read_pages = _page_reader()
-    assert read_pages is not None
-    output_BHD: Tensor = read_pages(
-        query_BHD,
-        keys[layer],
-        values[layer],
-        group.pages_BP,
-        group.lengths_B,
-        scale=query_BHD.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale,
-        softcap=scoring.softcap,
-        window=scoring.window,
-        most_keys=group.mask_B11S.shape[-1],
-    )
-    return output_BHD
 
 
 def _prefill(query_THD: Tensor, part: PrefillPart, cache: AnyKVCache, layer: int, scoring: Scoring) -> Tensor:

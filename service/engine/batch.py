@@ -219,10 +219,10 @@ def build_batch(
 def _runs(ordered: list[Chunk]) -> Runs:
     """Return the runs of a step, rows and page tables in the order of the chunks."""
     lengths = [chunk.length for chunk in ordered]
-    tables = [_page_table(chunk).copy() for chunk in ordered]
+    tables = [_page_table(chunk) for chunk in ordered]
     firsts, places = (np.cumsum([0, *sizes[:-1]]) for sizes in (lengths, [len(table) for table in tables]))
-    runs = np.array([firsts, lengths, [chunk.start for chunk in ordered], places], dtype=np.int64)
-    return Runs(runs_N4=np.ascontiguousarray(runs.T), pages_P=np.concatenate(tables))
+    runs_N4 = np.stack((firsts, lengths, [chunk.start for chunk in ordered], places), axis=1)
+    return Runs(runs_N4=runs_N4, pages_P=np.concatenate(tables))
 
 
 def _to_score(chunk: Chunk) -> range:

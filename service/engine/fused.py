@@ -27,8 +27,6 @@ from service.engine.kv_cache import KVCache
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """RMSNorm before attention and inner part, rotated halves, grouped heads, silu(gate) * up."""
 
-HEAD_STEP = 16
-
 
 class NotFusable(Exception):
     """The model keeps transformers' blocks; the text says why."""
@@ -95,8 +93,6 @@ def _check(model: PreTrainedModel, page_size: int) -> None:
 
 def _block(block: Any) -> DecoderBlock:
     attention, mlp = block.self_attn, block.mlp
-    if attention.head_dim % HEAD_STEP:
-        raise NotFusable(f"head size {attention.head_dim} is not a multiple of {HEAD_STEP}")
     q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return DecoderBlock(
         input_norm_D=block.input_layernorm.weight,

@@ -167,15 +167,16 @@ class Runner:
         )
         sequence = Sequence(request=request, seed=0, tokens=list(PROBE_TOKENS))
         start = 0
-        for length, expected_V in zip(CHECK_CHUNKS, self._expected_CV, strict=True):
-            pages = -(-(start + length) // self._page_size)
-            sequence.page_table = array("q", range(first_page, first_page + pages))
-            chunk = Chunk(sequence=sequence, start=start, length=length, draws=True)
-            with exposed(self._model):  # fused blocks take the windows when they are made
-                fused = None if self._fused is None else FusedBlocks(self._model, self._page_size)
+        with exposed(self._model):
+            # Fused blocks take the windows when they are made.
+            fused = None if self._fused is None else FusedBlocks(self._model, self._page_size)
+            for length, expected_V in zip(CHECK_CHUNKS, self._expected_CV, strict=True):
+                pages = -(-(start + length) // self._page_size)
+                sequence.page_table = array("q", range(first_page, first_page + pages))
+                chunk = Chunk(sequence=sequence, start=start, length=length, draws=True)
                 actual_V = self._forward(self._build([chunk], self._exposed_windows), fused)[0].float()
-            self._compare(actual_V, expected_V)
-            start += length
+                self._compare(actual_V, expected_V)
+                start += length
 
     def _compare(self, actual_V: Tensor, expected_V: Tensor) -> None:
         error = ((actual_V - expected_V).norm() / expected_V.norm()).item()

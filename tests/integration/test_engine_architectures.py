@@ -3,8 +3,8 @@
 import random
 
 import pytest
-import torch
 
+from tests.support.generated import generated
 from tests.support.inline_engine import InlineEngine, greedy
 from tests.support.plain_loader import load_plain
 from tests.support.tiny_model import ARCHITECTURES, WINDOW, save_tiny_model
@@ -33,19 +33,7 @@ def served(request, tmp_path_factory, prompts):
     """A folder, and what transformers' own generate() continues each prompt with."""
     folder = save_tiny_model(tmp_path_factory.mktemp("model"), architecture=request.param)
     model = load_plain(folder).model
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_NEW,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-        expected.append(output[0, len(prompt) :].tolist())
-    return folder, expected
+    return folder, [generated(model, prompt, NUM_NEW, eos_token_id=None) for prompt in prompts]
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -3,9 +3,9 @@
 import random
 
 import pytest
-import torch
 
 from service.engine.types import FinishReason, GenerationRequest, SamplingParams
+from tests.support.generated import generated
 from tests.support.inline_engine import InlineEngine, greedy
 from tests.support.plain_loader import load_plain
 from tests.support.tiny_model import EOS_ID, save_tiny_model
@@ -28,27 +28,15 @@ def prompts():
     return [[numbers.randrange(256) for _ in range(length)] for length in PROMPT_LENGTHS]
 
 
-def generated(folder, prompts, **options):
+def all_generated(folder, prompts, **options):
     """Return what transformers' own generate() gives for each prompt by itself."""
     model = load_plain(folder).model
-    results = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_NEW,
-            do_sample=False,
-            pad_token_id=0,
-            **options,
-        )
-        results.append(output[0, len(prompt) :].tolist())
-    return results
+    return [generated(model, prompt, NUM_NEW, **options) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
 def expected(folder, prompts):
-    return generated(folder, prompts, eos_token_id=None)
+    return all_generated(folder, prompts, eos_token_id=None)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +61,14 @@ def test_output_is_the_same_when_sequences_are_preempted(folder, prompts, expect
 def test_a_sequence_ends_where_generate_ends(tmp_path, prompts):
     """At an end-of-sequence token the engine stops with STOP, the token counted and not shown; otherwise at LENGTH."""
     folder = save_tiny_model(tmp_path, tied=False, seed=3)
-    frequent = max(range(320), key=[t for row in generated(folder, prompts, eos_token_id=None) for t in row].count)
+    frequent = max(range(320), key=[t for row in all_generated(folder, prompts, eos_token_id=None) for t in row].count)
     model = load_plain(folder).model
     model.generation_config.eos_token_id = [EOS_ID, frequent]
     model.generation_config.save_pretrained(folder)
     results = InlineEngine(folder).run(
         greedy(index, prompt, NUM_NEW, ignore_eos=False) for index, prompt in enumerate(prompts)
     )
-    assert [result.token_ids for result in results] == generated(folder, prompts)
+    assert [result.token_ids for result in results] == all_generated(folder, prompts)
     ends = {result.finish_reason for result in results}
     assert ends == {FinishReason.STOP, FinishReason.LENGTH}
     for result in results:

@@ -1,11 +1,11 @@
 """Fused decoder blocks: which models have them, and that nothing but speed changes."""
 
 import pytest
-import torch
 
 from onebit_core.artifact.reader import load_model
 from onebit_core.kernels.cpu import why_unavailable
 from service.engine.types import EngineConfig
+from tests.support.generated import generated
 from tests.support.inline_engine import InlineEngine, greedy
 from tests.support.quantized import quantize_tiny
 from tests.support.tiny_model import save_tiny_model
@@ -36,11 +36,7 @@ def test_fused_blocks_write_what_generate_writes(tmp_path, architecture, method)
     assert "fused blocks" in engine.info.backend
     model = load_model(artifact, device="cpu", dtype="float32", backend="cpu").model
     for prompt, result in zip(PROMPTS, engine.run(requests()), strict=True):
-        ids = torch.tensor([prompt])
-        expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, eos_token_id=-1
-        )
-        assert result.token_ids == expected[0, len(prompt) :].tolist()
+        assert result.token_ids == generated(model, prompt, 10, eos_token_id=-1)
 
 
 def test_alone_or_together_the_same_bits(tiny_llama, tmp_path):

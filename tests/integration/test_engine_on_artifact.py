@@ -1,11 +1,11 @@
 """The engine over packed layers: what it serves is what transformers would generate from the same artifact."""
 
 import pytest
-import torch
 
 from onebit_core.artifact.reader import load_model
 from service.engine.types import EngineConfig
 from tests.support.backends import backends_on
+from tests.support.generated import generated
 from tests.support.inline_engine import InlineEngine, greedy
 from tests.support.quantized import quantize_tiny
 from tests.support.tiny_model import save_tiny_model
@@ -48,8 +48,4 @@ def assert_serves_what_generate_gives(artifact, device, backend):
     engine = InlineEngine(artifact, loader=loader, device=device, dtype="float32", backend=backend)
     results = engine.run([greedy(index, prompt, 12) for index, prompt in enumerate(prompts)])
     for prompt, result in zip(prompts, results, strict=True):
-        ids = torch.tensor([prompt], device=device)
-        expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=-1
-        )
-        assert result.token_ids == expected[0, len(prompt) :].tolist()
+        assert result.token_ids == generated(model, prompt, 12, eos_token_id=-1)

@@ -26,6 +26,9 @@ from onebit_core.kernels.planes import CPU_CODE, Packed
 PAGE_TOKENS = 16
 """Tokens of a page: the C side computes with sixteen keys side by side."""
 
+HEAD_STEP, MOST_HEAD = 16, 512
+"""Heads have a multiple of so many numbers, and at most so many."""
+
 Chain = tuple[Packed, ...]
 """Products one after the other; one or two."""
 
@@ -40,7 +43,7 @@ class DecoderShape:
         hidden: D.
         heads: H.
         key_heads: K, divides H.
-        head_dim: R, a multiple of 16.
+        head_dim: R, a multiple of HEAD_STEP up to MOST_HEAD.
         inner: columns of down_proj.
         eps: of the norms.
         scaling: of queries.
@@ -92,6 +95,10 @@ class CpuDecoder:
 
     def __init__(self, shape: DecoderShape, blocks: Sequence[DecoderBlock], final_norm_D: Tensor) -> None:
         self._library = load()
+        if shape.head_dim % HEAD_STEP or not 0 < shape.head_dim <= MOST_HEAD:
+            raise KernelError(
+                f"cpu decoder: head size {shape.head_dim} is not a multiple of {HEAD_STEP} up to {MOST_HEAD}"
+            )
         self.shape = shape
         self._kept: list[object] = []
         reals = np.array([shape.eps, shape.scaling], dtype=np.float64)

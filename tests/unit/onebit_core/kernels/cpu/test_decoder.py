@@ -209,3 +209,11 @@ def test_products_that_do_not_fit_are_refused(model):
     odd = DecoderShape(**{**vars(model.shape), "heads": 5})
     with pytest.raises(KernelError, match="rows"):
         CpuDecoder(odd, [block], model.final)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 528])
+def test_head_sizes_that_the_kernels_do_not_have_are_refused(model, head_dim):
+    """When the blocks are made, so that a caller can still compute them otherwise."""
+    shape = DecoderShape(**{**vars(model.shape), "head_dim": head_dim})
+    with pytest.raises(KernelError, match=f"head size {head_dim} is not a multiple of 16 up to 512"):
+        CpuDecoder(shape, [], model.final)
