@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes: tests, tuning, kernels, engine, decoding.
+# Everything that needs a GPU, in under ten minutes: tests, tuning, kernels, the engine's steps, decoding.
 #
 #   benchmarks/gpu.sh
 #   OUT=/tmp/gpu PYTHON=/opt/env/bin/python ARTIFACT=./sample-svid WHEELS=./wheels benchmarks/gpu.sh
@@ -80,18 +80,19 @@ step environment 40 bash -c environment
 
 # Only the files that have such tests: the others may import packages that are not here.
 mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests | grep -v test_engine)
-step tests 130 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${files[@]}"
+step tests 110 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${files[@]}"
 step engine 70 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/integration/test_engine_on_artifact.py
 step tune 80 "$PYTHON" -m onebit_core.cli.main tune --dtype float16 --m 1,16,64,256 --progress none \
     --shape 4096,4096 --shape 11008,4096 --shape 8192,8192
 
 # The preset of a GPU: 4096x4096, 11008x4096 and 8192x8192 in one plane, other formats at 4096x4096.
 read -r -a rivals <<<"${RIVALS:-torch gemlite}"
-step kernels 170 "$PYTHON" -m benchmarks.kernels --device cuda --backends triton --rivals "${rivals[@]}" \
+step kernels 140 "$PYTHON" -m benchmarks.kernels --device cuda --backends triton --rivals "${rivals[@]}" \
     --progress none --out "$OUT"
 for kernels in "$OUT"/kernels_*.csv; do
     [[ -s $kernels ]] && step roofline 20 "$PYTHON" -m benchmarks.roofline "$kernels"
 done
+step steps 70 "$PYTHON" -m benchmarks.engine_steps --device cuda --out "$OUT"
 step decode 70 "$PYTHON" -m benchmarks.decode ${ARTIFACT:+"$ARTIFACT"} --device cuda --work "$temporary" \
     --backends reference dense triton --new-tokens 24 --rounds 3 --out "$OUT"
 

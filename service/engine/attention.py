@@ -7,8 +7,8 @@ is how transformers is told to build no mask (`masking_utils._preprocess_mask_ar
 
     write       keys and values of all T tokens to their slots
     decode      rows of one token: gather pages, and attend in one call per group; query heads that share a key head
-                are folded into the query axis, so keys are never repeated; on a GPU with Triton, and a cache in the
-                model's dtype, a kernel reads the pages where they lie
+                are folded into the query axis, so keys are never repeated; where the batch comes without masks, a
+                kernel reads the pages where they lie (`reads_pages`)
     prefill     one call per chunk over its own sequence's pages
 
 A layer with a sliding window attends over the batch's groups and parts of that window. Layers that bend their scores
@@ -21,6 +21,7 @@ Legend: T tokens of the step, H query heads, K key heads, G = H / K, D head size
 """
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -114,21 +115,21 @@ def paged_attention(
 
 def _decode(query_BHD: Tensor, group: DecodeGroup, cache: AnyKVCache, layer: int, scoring: Scoring) -> Tensor:
     """Attend one query per row over the row's pages; returns [B, H, D]."""
-    if query_BHD.is_cuda and isinstance(cache, KVCache) and scoring.sinks_H is None:
+    if group.mask_B11S is None:
         read_pages = _page_reader()
-        if read_pages is not None:
-            keys, values = cache.memory
-            return read_pages(
-                query_BHD,
-                keys[layer],
-                values[layer],
-                group.pages_BP,
-                group.lengths_B,
-                scale=query_BHD.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale,
-                softcap=scoring.softcap,
-                window=scoring.window,
-                most_keys=group.mask_B11S.shape[-1],
-            )
+        assert read_pages is not None, "reads_pages has found it"
+        keys, values = cache.memory  # type: ignore[union-attr]  # reads_pages has looked at its kind
+        return read_pages(
+            query_BHD,
+            keys[layer],
+            values[layer],
+            group.pages_BP,
+            group.lengths_B,
+            scale=query_BHD.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale,
+            softcap=scoring.softcap,
+            window=scoring.window,
+            most_keys=group.most_keys,
+        )
     keys_BPskD, values_BPskD = cache.read(layer, group.pages_BP)
     keys_BKSD = keys_BPskD.flatten(1, 2).transpose(1, 2)
     values_BKSD = values_BPskD.flatten(1, 2).transpose(1, 2)
@@ -142,6 +143,12 @@ def _decode(query_BHD: Tensor, group: DecodeGroup, cache: AnyKVCache, layer: int
         query_BKGD, keys_BKSD, values_BKSD, attn_mask=group.mask_B11S, scale=scoring.scale
     )
     return output_BKGD.flatten(1, 2)
+
+
+def reads_pages(device: torch.device, cache: AnyKVCache, *, has_sinks: bool) -> bool:
+    """Whether a kernel reads the cache's pages where they lie: on a GPU with Triton, and under its interpreter."""
+    runs_kernels = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return runs_kernels and isinstance(cache, KVCache) and not has_sinks and _page_reader() is not None
 
 
 @functools.cache

@@ -8,7 +8,8 @@ longer chunks:
 A DecodeGroup is attended in one call, its page tables padded with the null page to the widest; a group holds no
 sequence less than half as wide as its widest, so at most half of what is gathered is padding. A PrefillPart is attended
 by itself. Masks are additive and already in the model's dtype, because scaled_dot_product_attention would otherwise
-convert a boolean mask again in every layer.
+convert a boolean mask again in every layer. Where a kernel reads the pages where they lie, one group holds all rows: it
+needs no mask, looks at no padding, and finds a window by itself.
 
 Layers with a sliding window of W tokens look at the positions from q - W + 1 to q only. For every window that the model
 has, groups and parts are built a second time, over the pages that reach into it and no others (`Reach`); as long as
@@ -43,15 +44,17 @@ class DecodeGroup:
         first: first row of the step's T.
         last: one past the last.
         pages_BP: int64 page tables, padded with the null page.
-        mask_B11S: 0 where the row may look, -inf elsewhere; the model's dtype.
-        lengths_B: int32, keys in the table's pages up to the row's own, for a kernel that needs no mask.
+        mask_B11S: 0 where the row may look, -inf elsewhere; the model's dtype. None for a kernel that needs none.
+        lengths_B: int32, keys in the table's pages up to the row's own.
+        most_keys: the largest of the lengths.
     """
 
     first: int
     last: int
     pages_BP: Tensor
-    mask_B11S: Tensor
+    mask_B11S: Tensor | None
     lengths_B: Tensor
+    most_keys: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +145,7 @@ class _Making:
     page_size: int
     dtype: torch.dtype
     device: torch.device
+    reads_pages: bool
     window: int | None = None
 
     def first_page(self, chunk: Chunk) -> int:
@@ -169,6 +173,7 @@ def build_batch(
     device: torch.device,
     windows: ListOf[int] = (),
     fused: bool = False,
+    reads_pages: bool = False,
 ) -> Batch:
     """Build the tensors of one step.
 
@@ -179,6 +184,7 @@ def build_batch(
         device: where the tensors go.
         windows: the model's sliding windows, each once.
         fused: whether the blocks are fused, which need no masks.
+        reads_pages: whether a kernel reads the pages of rows with one token.
     """
     singles = sorted((chunk for chunk in chunks if chunk.length == 1), key=lambda chunk: chunk.start, reverse=True)
     longer = [chunk for chunk in chunks if chunk.length > 1]
@@ -194,8 +200,11 @@ def build_batch(
 
     scored = [(chunk, end, scores) for chunk, end in zip(ordered, ends, strict=True) if (scores := _to_score(chunk))]
     scored_rows = [np.array(scores) - chunk.start + (end - chunk.length) for chunk, end, scores in scored]
-    making = _Making(page_size=page_size, dtype=dtype, device=device)
-    plain = Reach(decode_groups=(), prefill_parts=()) if fused else _reach(singles, longer, making)
+    making = _Making(page_size=page_size, dtype=dtype, device=device, reads_pages=reads_pages)
+    plain = Reach(
+        decode_groups=() if fused else _decode_groups(singles, making),
+        prefill_parts=() if fused else _prefill_parts(longer, len(singles), making),
+    )
     return Batch(
         input_ids_1T=on_device(np.array([tokens], dtype=np.int64)),
         position_ids_1T=on_device(positions[None]),
@@ -234,21 +243,18 @@ def _to_score(chunk: Chunk) -> range:
     return range(first, min(chunk.start + chunk.length, sequence.num_prompt_tokens - 1))
 
 
-def _reach(singles: list[Chunk], longer: list[Chunk], making: _Making) -> Reach:
-    ends = np.cumsum([len(singles), *(chunk.length for chunk in longer)])[1:]
-    return Reach(
-        decode_groups=_decode_groups(singles, making),
-        prefill_parts=tuple(
-            _prefill_part(chunk, last=int(end), making=making) for chunk, end in zip(longer, ends, strict=True)
-        ),
-    )
+def _prefill_parts(longer: list[Chunk], first: int, making: _Making) -> tuple[PrefillPart, ...]:
+    """Return the parts, whose rows begin at `first`."""
+    ends = first + np.cumsum([chunk.length for chunk in longer])
+    return tuple(_prefill_part(chunk, last=int(end), making=making) for chunk, end in zip(longer, ends, strict=True))
 
 
 def _windowed(singles: list[Chunk], longer: list[Chunk], making: _Making, plain: Reach) -> Reach:
     """Return what layers of one window look at: the same as the plain ones, while no sequence is past the window."""
     if all(making.within(chunk) for chunk in (*singles, *longer)):
         return plain
-    return _reach(singles, longer, making)
+    groups = plain.decode_groups if making.reads_pages else _decode_groups(singles, making)
+    return Reach(decode_groups=groups, prefill_parts=_prefill_parts(longer, len(singles), making))
 
 
 def _pages_filled(chunk: Chunk, page_size: int) -> int:
@@ -278,7 +284,7 @@ def _decode_groups(singles: list[Chunk], making: _Making) -> tuple[DecodeGroup, 
     groups = []
     first = 0
     page_size = making.page_size
-    for _, members in groupby(singles, key=lambda chunk: _width(chunk, making).bit_length()):
+    for _, members in groupby(singles, key=lambda chunk: making.reads_pages or _width(chunk, making).bit_length()):
         rows = list(members)
         first_pages = [making.first_page(chunk) for chunk in rows]
         width = _width(rows[0], making)
@@ -286,24 +292,31 @@ def _decode_groups(singles: list[Chunk], making: _Making) -> tuple[DecodeGroup, 
         for row, chunk, first_page in zip(table, rows, first_pages, strict=True):
             pages = _page_table(chunk)[first_page : _pages_filled(chunk, page_size)]
             row[: len(pages)] = pages
-        starts_B1 = np.array([chunk.start for chunk in rows])[:, None]
-        positions_BS = np.array(first_pages)[:, None] * page_size + np.arange(width * page_size)[None]
-        hidden_BS = positions_BS > starts_B1
-        if making.window is not None:
-            hidden_BS |= positions_BS <= starts_B1 - making.window
-        mask_BS = np.where(hidden_BS, np.float32("-inf"), np.float32(0))
-        lengths_B = (starts_B1[:, 0] + 1 - np.array(first_pages) * page_size).astype(np.int32)
+        lengths_B = np.array([chunk.start + 1 for chunk in rows]) - np.array(first_pages) * page_size
         groups.append(
             DecodeGroup(
                 first=first,
                 last=first + len(rows),
                 pages_BP=torch.from_numpy(table).to(making.device, non_blocking=True),
-                mask_B11S=torch.from_numpy(mask_BS)[:, None, None].to(making.device, making.dtype, non_blocking=True),
-                lengths_B=torch.from_numpy(lengths_B).to(making.device, non_blocking=True),
+                mask_B11S=None if making.reads_pages else _decode_mask(lengths_B, width * page_size, making),
+                lengths_B=torch.from_numpy(lengths_B.astype(np.int32)).to(making.device, non_blocking=True),
+                most_keys=int(lengths_B.max()),
             )
         )
         first += len(rows)
     return tuple(groups)
+
+
+def _decode_mask(
+    lengths_B: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", num_keys: int, making: _Making
+) -> Tensor:
+    """Return the additive mask [B, 1, 1, S] of rows that look at their own last key and back."""
+    keys_1S, lengths_B1 = np.arange(num_keys)[None], lengths_B[:, None]
+    hidden_BS = keys_1S >= lengths_B1
+    if making.window is not None:
+        hidden_BS |= keys_1S < lengths_B1 - making.window
+    mask_BS = np.where(hidden_BS, np.float32("-inf"), np.float32(0))
+    return torch.from_numpy(mask_BS)[:, None, None].to(making.device, making.dtype, non_blocking=True)
 
 
 def _width(chunk: Chunk, making: _Making) -> int:

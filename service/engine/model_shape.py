@@ -36,6 +36,7 @@ class ModelShape:
 
     Attributes:
         num_layers: attention layers.
+        num_heads: query heads of each.
         num_kv_heads: key heads of each.
         head_dim: size of a key and of a value.
         dtype: of keys and values.
@@ -43,9 +44,11 @@ class ModelShape:
         limited_by: what set max_positions, in words.
         windows: distinct sliding windows of its layers, in tokens, the query's own included.
         exposed_windows: the same while `exposed` is entered.
+        has_sinks: whether a layer has attention sinks.
     """
 
     num_layers: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
@@ -53,6 +56,7 @@ class ModelShape:
     limited_by: str
     windows: tuple[int, ...] = ()
     exposed_windows: tuple[int, ...] = ()
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +64,13 @@ class _Call:
     """What one layer handed to attention."""
 
     layer: int
+    num_heads: int
     num_kv_heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
     sliding_window: int | None
+    has_sinks: bool
     unsupported: tuple[str, ...]
 
 
@@ -84,7 +90,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     unsupported = sorted({feature for call in calls for feature in call.unsupported})
     if unsupported:
         raise EngineStartFailed(f"{name} asks attention for {', '.join(unsupported)}, which is not supported")
-    shapes = {(call.num_kv_heads, call.key_dim, call.value_dim, call.dtype) for call in calls}
+    shapes = {(call.num_heads, call.num_kv_heads, call.key_dim, call.value_dim, call.dtype) for call in calls}
     if len(shapes) != 1 or calls[0].key_dim != calls[0].value_dim:
         raise EngineStartFailed(f"{name} has attention layers of different shapes, which is not supported")
     if sorted(call.layer for call in calls) != list(range(len(calls))):
@@ -95,6 +101,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         exposed_windows = _windows(_record(model)) if windows else ()
     return ModelShape(
         num_layers=len(calls),
+        num_heads=calls[0].num_heads,
         num_kv_heads=calls[0].num_kv_heads,
         head_dim=calls[0].key_dim,
         dtype=calls[0].dtype,
@@ -102,6 +109,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         limited_by=limited_by,
         windows=windows,
         exposed_windows=exposed_windows,
+        has_sinks=any(call.has_sinks for call in calls),
     )
 
 
@@ -133,7 +141,7 @@ def _record(model: PreTrainedModel) -> list[_Call]:
     def recording(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, **options: object
     ) -> tuple[Tensor, None]:
-        calls.append(_describe(module, key, value, options))
+        calls.append(_describe(module, query, key, value, options))
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return output.transpose(1, 2), None
 
@@ -145,16 +153,18 @@ def _record(model: PreTrainedModel) -> list[_Call]:
     return calls
 
 
-def _describe(module: nn.Module, key: Tensor, value: Tensor, options: dict[str, object]) -> _Call:
+def _describe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, object]) -> _Call:
     window = options.get("sliding_window")
     features = {"position_bias": "a position bias"}
     return _Call(
         layer=int(module.layer_idx),  # type: ignore[arg-type]
+        num_heads=query.shape[1],
         num_kv_heads=key.shape[1],
         key_dim=key.shape[-1],
         value_dim=value.shape[-1],
         dtype=key.dtype,
         sliding_window=window if isinstance(window, int) else None,
+        has_sinks=options.get("s_aux") is not None,
         unsupported=tuple(words for name, words in features.items() if options.get(name) is not None),
     )
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onebit_core.layers import model_backend, packed_bytes
-from service.engine.attention import PAGED_ATTENTION, PagedStep, register
+from service.engine.attention import PAGED_ATTENTION, PagedStep, reads_pages, register
 from service.engine.batch import Batch, build_batch
 from service.engine.capacity import Capacity, plan_capacity
 from service.engine.fused import FusedBlocks, NotFusable
+from service.engine.graphs import DecodeGraphs, Limits, Outputs
 from service.engine.kv_cache import KV_CACHES, KVCache
-from service.engine.model_shape import PROBE_TOKENS, exposed, model_shape
+from service.engine.model_shape import PROBE_TOKENS, ModelShape, exposed, model_shape
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
 from service.engine.types import EngineConfig, GenerationRequest, SamplingParams
@@ -53,7 +54,8 @@ class Runner:
             self._expected_CV = self._plain_logits()
         self._cache = KV_CACHES[config.kv_cache_dtype](
             num_layers=shape.num_layers,
-            num_pages=self.capacity.num_pages + self._check_pages,  # the last ones are the self check's own
+            # After those of sequences come those of the self check, and one for rows that only fill a recorded step.
+            num_pages=self.capacity.num_pages + self._check_pages + 1,
             page_size=config.page_size,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
@@ -62,7 +64,9 @@ class Runner:
         )
         register()
         model.set_attn_implementation(PAGED_ATTENTION)
+        self._reads_pages = reads_pages(model.device, self._cache, has_sinks=shape.has_sinks)
         self._fused = self._fuse(config)
+        self._graphs = self._record(shape, config)
         self.self_check()
 
     @property
@@ -75,7 +79,9 @@ class Runner:
     @property
     def backend(self) -> str:
         """Who computes the packed layers, and on what."""
-        return model_backend(self._model) + (", fused blocks" if self._fused is not None else "")
+        fused = ", fused blocks" if self._fused is not None else ""
+        graphs = ", decode graphs" if self._graphs is not None else ""
+        return model_backend(self._model) + fused + graphs
 
     @property
     def vocab_size(self) -> int:
@@ -106,6 +112,7 @@ class Runner:
             device=self.device,
             windows=windows,
             fused=self._fused is not None,
+            reads_pages=self._reads_pages,
         )
 
     def _fuse(self, config: EngineConfig) -> FusedBlocks | None:
@@ -122,13 +129,48 @@ class Runner:
             return None
 
     @torch.inference_mode()
+    def _record(self, shape: ModelShape, config: EngineConfig) -> DecodeGraphs | None:
+        """Return the steps that are recorded, where steps can be; a model that cannot be recorded is served without."""
+        if not (config.decode_graphs and self._reads_pages) or self._fused is not None:
+            return None
+        from onebit_core.kernels.triton.paged_attention import KEYS_OF_SPLIT, part_bytes  # not where there is no Triton
+
+        limits = Limits(
+            rows=config.max_num_sequences,
+            keys=self.capacity.max_model_len,
+            page_size=self._page_size,
+            spare_page=self.capacity.num_pages + self._check_pages + 1,
+            split_keys=KEYS_OF_SPLIT,
+            split_bytes=part_bytes(shape.num_heads, shape.num_kv_heads, shape.head_dim),
+            windows=self._windows,
+        )
+        try:
+            return DecodeGraphs(self._whole_step, limits, self.device)
+        except Exception:  # it may wait for the device, or run out of its memory
+            log.warning("%s is served without decode graphs", type(self._model).__name__, exc_info=True)
+            return None
+
+    def _whole_step(self, batch: Batch) -> Outputs:
+        """Compute a step, all rows' logits included: what is recorded."""
+        step = PagedStep(cache=self._cache, batch=batch)
+        logits_1TV = self._model(
+            input_ids=batch.input_ids_1T, position_ids=batch.position_ids_1T, use_cache=False, paged=step
+        ).logits
+        assert self._head_input is not None
+        return logits_1TV[0], self._head_input.flatten(0, -2)
+
+    @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Compute the batch: write its keys and values, and return the logits [R, V] of batch.logits_rows_R."""
-        return self._forward(batch, self._fused)
+        return self._forward(batch, self._fused, self._graphs)
 
-    def _forward(self, batch: Batch, fused: FusedBlocks | None) -> Tensor:
+    def _forward(self, batch: Batch, fused: FusedBlocks | None, graphs: DecodeGraphs | None = None) -> Tensor:
         if batch.fresh_pages_P is not None:
             self._cache.clear(batch.fresh_pages_P)
+        replayed = None if graphs is None else graphs.replay(batch)
+        if replayed is not None:
+            logits_TV, self._head_input = replayed
+            return logits_TV[batch.logits_rows_R]
         if fused is not None:
             assert isinstance(self._cache, KVCache), "blocks are fused over a cache in float32 only"
             hidden_RD = fused.hidden(batch, self._cache, batch.logits_rows_R)
@@ -177,6 +219,17 @@ class Runner:
                 actual_V = self._forward(self._build([chunk], self._exposed_windows), fused)[0].float()
                 self._compare(actual_V, expected_V)
                 start += length
+        if self._graphs is not None:
+            self._check_graphs(sequence)
+
+    def _check_graphs(self, sequence: Sequence) -> None:
+        """Compute the last token again, recorded and not, with the model's own windows and soft caps."""
+        chunk = Chunk(sequence=sequence, start=len(sequence.tokens) - 1, length=1, draws=True)
+        plain_V, recorded_V = (
+            self._forward(self._build([chunk], self._windows), None, graphs)[0].float()
+            for graphs in (None, self._graphs)
+        )
+        self._compare(recorded_V, plain_V)
 
     def _compare(self, actual_V: Tensor, expected_V: Tensor) -> None:
         error = ((actual_V - expected_V).norm() / expected_V.norm()).item()

@@ -96,6 +96,7 @@ class GenerationRequest:
         group: equal for the completions of one prompt in one call, for the figures; "" for one alone.
         group_size: how many completions of the prompt the call asks for.
         embed: report the prompt's embedding in place of a completion; max_tokens is 0.
+        caller: on whose behalf; waiting requests of different callers take turns (`service.engine.fair_queue`).
     """
 
     request_id: str
@@ -106,6 +107,7 @@ class GenerationRequest:
     group: str = ""
     group_size: int = 1
     embed: bool = False
+    caller: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,6 +222,7 @@ class EngineConfig:
 
     Attributes:
         artifact: folder of the model.
+        fingerprint: of its files (service.engine.steady); a process refuses other ones. Empty for any.
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         dtype: "auto", "float32", "bfloat16" or "float16".
         backend: who computes packed layers; see onebit_core.kernels.backends.
@@ -232,11 +235,13 @@ class EngineConfig:
         max_queued_requests: most requests that wait; one more is refused with EngineBusy.
         max_model_len: most tokens of prompt and completion; None takes what model and pool allow.
         fuse: compute the blocks of models of the Llama family in one call of the CPU kernels, where they allow it.
+        decode_graphs: record the steps that give one token to each sequence as CUDA graphs, where they allow it.
         loader: "module:function" that loads the artifact; called like `onebit_core.artifact.reader.load_model`.
         log_level: of the engine process's own log, on its standard error.
     """
 
     artifact: str
+    fingerprint: str = ""
     device: str = "auto"
     dtype: str = "auto"
     backend: str = "auto"
@@ -249,5 +254,6 @@ class EngineConfig:
     max_queued_requests: int = 256
     max_model_len: int | None = None
     fuse: bool = True
+    decode_graphs: bool = True
     loader: str = ARTIFACT_LOADER
     log_level: str = "info"

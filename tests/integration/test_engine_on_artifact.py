@@ -1,6 +1,7 @@
 """The engine over packed layers: what it serves is what transformers would generate from the same artifact."""
 
 import pytest
+import torch
 
 from onebit_core.artifact.reader import load_model
 from service.engine.types import EngineConfig
@@ -49,3 +50,20 @@ def assert_serves_what_generate_gives(artifact, device, backend):
     results = engine.run([greedy(index, prompt, 12) for index, prompt in enumerate(prompts)])
     for prompt, result in zip(prompts, results, strict=True):
         assert result.token_ids == generated(model, prompt, 12, eos_token_id=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_recorded_steps_give_the_same_tokens_on_a_gpu(tmp_path, architecture):
+    """CUDA graphs against plain steps, crowds of sixteen that shrink, windows and soft caps."""
+    folder = save_tiny_model(tmp_path / "model", architecture=architecture)
+    artifact = quantize_tiny(folder, tmp_path / "artifact", "svid")
+    requests = [greedy(index, list(range(5, 8 + 3 * index)), 6 + 2 * index) for index in range(16)]
+    loader = EngineConfig(artifact=str(artifact)).loader
+    plain, recorded = (
+        InlineEngine(artifact, loader=loader, device="cuda", dtype="float32", decode_graphs=on) for on in (False, True)
+    )
+    assert "decode graphs" in recorded.info.backend
+    expected = [result.token_ids for result in plain.run(requests)]
+    assert [result.token_ids for result in recorded.run(requests)] == expected

@@ -107,6 +107,17 @@ def join_splits(
     tl.store(y_ptr + place + column, y.to(y_ptr.dtype.element_ty), mask=column < DIM)
 
 
+def _tile(group: int, dim: int) -> tuple[int, int]:
+    """Return rows and columns of what a program computes."""
+    return max(SMALLEST_DOT, triton.next_power_of_2(group)), triton.next_power_of_2(dim)
+
+
+def part_bytes(heads: int, key_heads: int, dim: int) -> int:
+    """Return how many bytes the splits of KEYS_OF_SPLIT keys of one sequence leave in memory until they are joined."""
+    rows, columns = _tile(heads // key_heads, dim)
+    return 4 * key_heads * rows * (columns + 2)
+
+
 def paged_decode(
     query_BHD: Tensor,
     keys: Tensor,
@@ -138,7 +149,7 @@ def paged_decode(
     sequences, heads, dim = query_BHD.shape
     key_heads = keys.shape[2]
     group = heads // key_heads
-    rows, columns = max(SMALLEST_DOT, triton.next_power_of_2(group)), triton.next_power_of_2(dim)
+    rows, columns = _tile(group, dim)
     splits = triton.cdiv(most_keys, KEYS_OF_SPLIT)
     query_BHD = query_BHD.contiguous()
     parts = (sequences, key_heads, splits, rows)

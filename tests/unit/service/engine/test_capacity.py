@@ -14,6 +14,7 @@ PAGE_BYTES = 2 * 4 * 16 * 2 * 8 * 4  # keys and values, layers, tokens, heads, h
 def make_shape(max_positions=512, limited_by="the model's max_position_embeddings"):
     return ModelShape(
         num_layers=4,
+        num_heads=2,
         num_kv_heads=2,
         head_dim=8,
         dtype=torch.float32,
