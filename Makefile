@@ -83,6 +83,7 @@ bench: quality bench-kernels bench-decode bench-serving
 docs: install
 	$(BIN)/python -m service.settings > docs/settings.md
 	$(BIN)/python -m benchmarks.cli_reference > docs/cli.md
+	$(BIN)/python -m benchmarks.quality_table
 
 clean:
 	rm -rf $(VENV) .demo build dist *.egg-info onebit_core/kernels/cpu/*.so

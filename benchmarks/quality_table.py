@@ -1,9 +1,18 @@
-"""What quality.py wrote: the lines of its CSV, and the README's table of them."""
+"""What quality.py wrote: the lines of its CSV, the README's table of them, and that of each method's page.
+
+python -m benchmarks.quality_table          # writes the newest file's tables behind the markers in README and docs
+"""
 
 import csv
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = "<!-- quality -->"
+NOTHING = "Not measured yet: `make quality`."
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -49,3 +58,35 @@ def _cells(line: Mapping[str, Any]) -> list[str]:
         f"{line['kl_mean']:.3g} ± {line['kl_se']:.1g}",
         f"{line['top1']:.1%}",
     ]
+
+
+def newest_file() -> Path:
+    """Return the newest committed measurement."""
+    return max((ROOT / "benchmarks" / "results").glob("quality_*.csv"), key=lambda file: file.stem.rpartition("_")[2])
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Yield the pages that have a marker, each with the text it should have."""
+    lines = read_lines(newest_file())
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        if MARKER in text:
+            of_page = lines if page.name == "README.md" else [line for line in lines if line["method"] == page.stem]
+            yield page, with_table(text, markdown(of_page) if of_page else NOTHING)
+
+
+def with_table(text: str, table: str) -> str:
+    """Return a page with another table, or sentence, behind its marker."""
+    return re.sub(rf"(?<={MARKER}\n)(?:\|[^\n]*\n|{re.escape(NOTHING)}\n)*", lambda _: f"{table}\n", text)
+
+
+def main() -> int:
+    """Bring the pages up to date."""
+    for page, text in pages():
+        page.write_text(text, encoding="utf-8")
+        print(page.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ import pytest
 import onebit_core
 from benchmarks.cli_reference import render
 from benchmarks.quality_picture import description_of, picture_of
-from benchmarks.quality_table import markdown, read_lines
+from benchmarks.quality_table import newest_file, pages
 from onebit_core.methods import METHODS
 from onebit_core.model.blocks import LAYOUTS
 
@@ -45,20 +45,20 @@ def test_links_between_pages_lead_somewhere(page):
     assert not [target for target in targets if not (page.parent / target).exists()]
 
 
-def test_the_results_table_is_the_committed_measurement():
-    """Every number of the README's table comes from the newest result file."""
-    newest = sorted((ROOT / "benchmarks" / "results").glob("quality_*.csv"), key=lambda file: file.stem[-10:])[-1]
-    readme = (ROOT / "README.md").read_text()
-    assert newest.name in readme
-    assert markdown(read_lines(newest)) in readme
+def test_the_tables_of_quality_are_the_committed_measurement():
+    """Every number in the README and on the methods' pages comes from the newest result file."""
+    assert newest_file().name in (ROOT / "README.md").read_text()
+    texts = dict(pages())
+    assert set(texts) >= {ROOT / "README.md", *(DOCS / "methods" / f"{name}.md" for name in METHODS)}
+    for page, text in texts.items():
+        assert page.read_text() == text, "bring it up to date: python -m benchmarks.quality_table"
 
 
 def test_the_results_picture_is_the_committed_measurement():
     """The README shows the picture of the newest result file, and it was drawn from what that file holds now."""
-    newest = sorted((ROOT / "benchmarks" / "results").glob("quality_*.csv"), key=lambda file: file.stem[-10:])[-1]
-    picture = picture_of(newest)
+    picture = picture_of(newest_file())
     assert f"](benchmarks/results/{picture.name})" in (ROOT / "README.md").read_text()
-    assert description_of([newest]) in picture.read_text(), "draw it anew: python -m benchmarks.quality_picture"
+    assert description_of([newest_file()]) in picture.read_text(), "draw it anew: python -m benchmarks.quality_picture"
 
 
 def test_versions_agree():
