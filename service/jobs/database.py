@@ -8,6 +8,7 @@ every waiting job at the next release; raise it only when a job of the old versi
 import logging
 
 from dbos import DBOSPortableJSONSerializer
+from sqlalchemy.engine import make_url
 
 from service.log import adopt_logger
 
@@ -20,6 +21,29 @@ SERIALIZER = DBOSPortableJSONSerializer()
 POLLING_SECONDS = 0.5
 
 EXPECTED_ENDS = ("JobFailed", "DBOSAwaitedWorkflowCancelledError", "DBOSWorkflowCancelledError", "CancelledError")
+
+
+PATIENCE = {
+    "connect_timeout": "5",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "10000",
+}
+"""libpq's settings for noticing within about 10 seconds that a database is behind a cut cable."""
+
+
+def is_sqlite(database_url: str) -> bool:
+    """Whether the database is a file."""
+    return database_url.startswith("sqlite")
+
+
+def impatient(database_url: str) -> str:
+    """Return the URL with settings that give up on a silent database, unless it has its own."""
+    if is_sqlite(database_url):
+        return database_url
+    url = make_url(database_url)
+    return url.update_query_dict({**PATIENCE, **url.query}).render_as_string(hide_password=False)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

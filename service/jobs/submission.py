@@ -6,9 +6,8 @@ known method, known settings and values of the right type.
 """
 
 import re
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from onebit_core.calibration.overlap import overlapping_sources
 from onebit_core.calibration.sources import BUILTIN_TEXTS, SELF, join_source, source_files, split_source
 from onebit_core.errors import CalibrationError, ConfigError
 from service.errors import BadRequest, Conflict
-from service.jobs.types import Evaluation, JobSpec
+from service.jobs.types import Evaluation, JobSpec, Limits
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ class Submission:
         bits: average true bits a weight to spread over layers; None gives all the same settings.
         rotation: off, auto or all.
         name: of the model and its folder; None makes one from model and method.
+        priority: the larger runs first.
     """
 
     model: str
@@ -52,9 +52,11 @@ class Submission:
     name: str | None
     evaluation: Evaluation | None
     load: bool
+    limits: Limits = field(default_factory=Limits)
+    priority: int = 0
 
 
-def plan_job(submission: Submission, settings: Settings) -> JobSpec:
+def plan_job(job_id: str, submission: Submission, settings: Settings) -> JobSpec:
     """Check a submission and turn it into a job; reads the disk and imports torch, so not for the event loop.
 
     Raises:
@@ -67,6 +69,7 @@ def plan_job(submission: Submission, settings: Settings) -> JobSpec:
     name = submission.name or _name_for(submission)
     if not NAME.fullmatch(name):
         raise BadRequest("name may only have letters, digits and . _ -, at most 64", param="name")
+    _refuse_contradictions(submission)
     artifact = settings.artifact_root.resolve() / name
     if artifact.exists() or artifact.is_symlink():
         raise Conflict(f"an artifact named {name!r} exists already; choose another name", param="name")
@@ -77,11 +80,33 @@ def plan_job(submission: Submission, settings: Settings) -> JobSpec:
     return JobSpec(
         name=name,
         artifact=str(artifact),
-        folder=str(settings.jobs_folder / uuid.uuid4().hex),
+        folder=str(settings.jobs_folder / job_id),
         config=config.to_dict(),
         evaluation=evaluation,
         load=submission.load,
+        limits=submission.limits,
+        priority=submission.priority,
+        max_crashes=settings.job_max_crashes,
     )
+
+
+def _refuse_contradictions(submission: Submission) -> None:
+    """Refuse limits that nothing could keep, or that nothing would measure."""
+    limits = submission.limits
+    for name, value in (("max_kl", limits.max_kl), ("min_top1", limits.min_top1)):
+        if value is not None and submission.evaluation is None:
+            raise BadRequest(
+                f"limits.{name} needs evaluate: without a text to measure it on it is not known",
+                param=f"limits.{name}",
+            )
+    # The model is its layers, with `bits` on average, and embedding and head; it cannot be smaller than both.
+    least = min(submission.bits, submission.embedding_bits) if submission.bits is not None else 0.0
+    if limits.max_bits is not None and limits.max_bits < least:
+        raise BadRequest(
+            f"limits.max_bits is {limits.max_bits:g}, but bits asks for {submission.bits:g} "
+            f"and embedding_bits for {submission.embedding_bits}; nothing can be both",
+            param="limits.max_bits",
+        )
 
 
 def resolve_model(model: str, settings: Settings) -> str:

@@ -1,20 +1,23 @@
 """Keeps one job worker alive for as long as the server runs.
 
 The worker's standard input is a pipe of ours: it names the database, and when we end, in whatever way, it ends too. The
-worker's standard output carries signs of life.
+worker's standard output carries signs of life. A worker that is refused, because another one has its id, is a mistake
+in the setup: another server on the same database. At start that ends the server.
 """
 
 import asyncio
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 60.0
+LONGEST_PAUSE_SECONDS = 15.0
 STABLE_SECONDS = 60.0
+REFUSED = 3
+"""Exit code of a worker whose id is taken."""
 
 
 class WorkerSupervisor:
@@ -22,11 +25,15 @@ class WorkerSupervisor:
 
     Attributes:
         last_heartbeat: when the worker last gave a sign of life, Unix seconds; 0 before the first.
+        on_refused: called with one sentence when the first worker is refused.
     """
 
-    def __init__(self, database_url: str, folder: Path, log_level: str) -> None:
+    def __init__(self, database_url: str, executor_id: str | None, device: str, log_level: str) -> None:
         self.last_heartbeat = 0.0
-        self._arguments = ["--folder", str(folder), "--log-level", log_level]
+        self.on_refused: Callable[[str], None] = logger.error
+        self._arguments = ["--supervised", "--device", device, "--log-level", log_level]
+        if executor_id is not None:
+            self._arguments += ["--job-worker-id", executor_id]
         # The URL may hold a password, and everybody may read arguments.
         self._first_line = f"{database_url}\n".encode()
         self._process: asyncio.subprocess.Process | None = None
@@ -60,7 +67,14 @@ class WorkerSupervisor:
         while True:
             started = asyncio.get_running_loop().time()
             try:
-                how = f"ended with code {await self._run_worker()}"
+                code = await self._run_worker()
+                how = f"ended with code {code}"
+                if code == REFUSED and not self.last_heartbeat:
+                    self.on_refused(
+                        "another server or worker with this one's worker id uses the jobs' database; stop it, or give "
+                        "this server a database, a --job-worker-id or --no-job-worker"
+                    )
+                    return
             except OSError as error:
                 how = f"could not be started ({error})"
             lived = asyncio.get_running_loop().time() - started

@@ -1,76 +1,24 @@
 """Jobs over HTTP on the real server: launch, follow, serve, cancel, refuse, survive."""
 
-import json
 import os
 import signal
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import openai
 import pytest
 
+from tests.support.admin import SMALL, Admin, children_named, has_ended, save_job_sources
 from tests.support.server_process import running_server
-from tests.support.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.acceptance
-
-SECONDS = 180.0
-
-
-class Admin:
-    """The admin API of a server."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def call(self, method: str, path: str, body=None):
-        """Return (status, answer)."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data=data, method=method, headers={"content-type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
-
-    def submit(self, **body):
-        """Launch a job."""
-        status, job = self.call("POST", "/admin/quantize", body)
-        assert status == 202, job
-        return job["id"]
-
-    def job(self, job_id):
-        """Look at a job."""
-        return self.call("GET", f"/admin/jobs/{job_id}")[1]
-
-    def wait(self, job_id, is_reached):
-        """Follow a job until it is as wanted; returns everything seen on the way."""
-        deadline = time.monotonic() + SECONDS
-        seen = [self.job(job_id)]
-        while not is_reached(seen[-1]):
-            assert time.monotonic() < deadline, seen[-1]
-            time.sleep(0.1)
-            seen.append(self.job(job_id))
-        return seen
-
-
-def has_ended(job) -> bool:
-    return job["state"] in ("succeeded", "failed", "cancelled")
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
     """A folder jobs may read: a tiny model, a slow one (many blocks), a text."""
-    folder = tmp_path_factory.mktemp("sources")
-    save_tiny_model(folder / "tiny")
-    save_tiny_model(folder / "slow", num_layers=48)
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    (folder / "heldout.txt").write_text("Pack my box with five dozen liquor jugs. " * 200)
-    return folder
+    return save_job_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +32,6 @@ def server(sources, tmp_path_factory):
 @pytest.fixture(scope="module")
 def admin(server):
     return Admin(server.url)
-
-
-SMALL = {"samples": 2, "tokens": 32, "text": ["text.txt"]}
 
 
 def test_a_job_makes_an_artifact_that_answers(server, admin):
@@ -187,7 +132,7 @@ def test_a_killed_worker_goes_on_with_its_job(server, admin):
     (worker,) = children_named("service.jobs.worker", server.pid)
     os.kill(worker, signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while children_named("survivor", 1):
+    while children_named(job_id, 1):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     job = admin.wait(job_id, has_ended)[-1]
@@ -206,30 +151,3 @@ def test_a_stopped_server_goes_on_with_its_job(sources, tmp_path):
     with running_server(*arguments, log_file=tmp_path / "second.log") as server:
         job = Admin(server.url).wait(job_id, has_ended)[-1]
     assert (job["state"], job["blocks_completed"]) == ("succeeded", 48), job
-
-
-def children_named(word: str, ancestor: int) -> list[int]:
-    """Processes below `ancestor` (or anywhere, for 1) whose command line has the word."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            command = (folder / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if word in command and ancestor in (1, *ancestors(int(folder.name))):
-            found.append(int(folder.name))
-    return found
-
-
-def ancestors(pid: int) -> list[int]:
-    """The parents of a process, nearest first."""
-    chain = []
-    while pid > 1:
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            break
-        chain.append(pid)
-    return chain

@@ -24,27 +24,27 @@ def _importable(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def run(arguments, log_file):
+def run(arguments, folder):
     events = []
 
     async def keep(event):
         events.append(event)
 
-    return asyncio.run(Command(arguments, log_file).run(keep)), events
+    return asyncio.run(Command(arguments, folder).run(keep)), events
 
 
 def test_a_failed_command_tells_its_sentence(tmp_path):
     """The error event's message is the job's error."""
     arguments = ["quantize", str(tmp_path / "none"), "--method", "rtn", "--out", str(tmp_path / "out")]
     with pytest.raises(JobFailed, match="none"):
-        run([*arguments, "--progress", "json"], tmp_path / "log")
+        run([*arguments, "--progress", "json"], tmp_path)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_command_that_dies_without_a_word_is_reported(tmp_path):
     """A usage error speaks only on standard error; the log is named."""
-    with pytest.raises(JobFailed, match=r"onebit nonsense ended with code \d+; .*log may say why"):
-        run(["nonsense"], tmp_path / "log")
+    with pytest.raises(JobFailed, match=r"onebit nonsense ended with code \d+; the job's log may say why"):
+        run(["nonsense"], tmp_path)
     assert "nonsense" in (tmp_path / "log").read_text()
 
 

@@ -7,8 +7,10 @@ import pytest
 from onebit_core.calibration.sources import source_files
 from service.errors import BadRequest, Conflict
 from service.jobs.submission import Submission, plan_job, resolve_model, resolve_text
-from service.jobs.types import Evaluation, JobSpec
+from service.jobs.types import Evaluation, JobSpec, Limits
 from service.settings import Settings
+
+JOB_ID = "job-" + "0" * 32
 
 
 @pytest.fixture
@@ -41,7 +43,12 @@ def submission(**changes):
 def test_a_job_is_planned_completely(settings, tmp_path):
     """Paths are real, the configuration complete, and the whole survives JSON."""
     evaluation = Evaluation(texts={"news": "news.txt"}, windows=2, window_tokens=64)
-    spec = plan_job(submission(calibration={"text": ["news.txt"], "samples": 3}, evaluation=evaluation), settings)
+    calibration = {"text": ["news.txt"], "samples": 3}
+    limits = Limits(max_kl=0.5, max_bits=4)
+    asked = submission(calibration=calibration, evaluation=evaluation, limits=limits, priority=7)
+    spec = plan_job(JOB_ID, asked, settings)
+    assert spec.folder == str(tmp_path / "root" / ".jobs" / JOB_ID)
+    assert (spec.limits, spec.priority, spec.max_crashes) == (limits, 7, 3)
     assert spec.artifact == str(tmp_path / "root" / "small")
     assert spec.config["model"] == str(tmp_path / "sources" / "model")
     assert spec.config["calibration"]["text"] == [str(tmp_path / "sources" / "news.txt")]
@@ -155,12 +162,12 @@ def test_what_is_checked_is_what_is_opened(settings, tmp_path):
 def test_the_model_may_write_what_it_is_calibrated_on(settings):
     """self: passes as calibration text, mixed with a file by weight."""
     calibration = {"text": ["self:", "news.txt"], "weights": [3, 1]}
-    spec = plan_job(submission(method="gptq", calibration=calibration), settings)
+    spec = plan_job(JOB_ID, submission(method="gptq", calibration=calibration), settings)
     assert spec.config["calibration"]["text"][0] == "self:"
     assert spec.config["calibration"]["weights"] == [3.0, 1.0]
     for weights in ([1], [1, 0], [1, -1]):
         with pytest.raises(BadRequest, match="weights") as refused:
-            plan_job(submission(method="gptq", calibration={**calibration, "weights": weights}), settings)
+            plan_job(JOB_ID, submission(method="gptq", calibration={**calibration, "weights": weights}), settings)
         assert refused.value.param == "calibration"
 
 
@@ -182,9 +189,9 @@ def test_a_model_is_not_measured_on_what_it_is_calibrated_on(settings, tmp_path,
     job = {"calibration": calibration, "evaluation": Evaluation(texts={"t": text}, windows=1, window_tokens=2)}
     for changes in ({"method": "gptq"}, {"method": "rtn", "reconstruction": {"preset": "light"}}):
         with pytest.raises(BadRequest, match="t is also calibrated on") as refused:
-            plan_job(submission(**job, **changes), settings)
+            plan_job(JOB_ID, submission(**job, **changes), settings)
         assert refused.value.param == "evaluate.texts"
-    assert plan_job(submission(**job, method="rtn"), settings)
+    assert plan_job(JOB_ID, submission(**job, method="rtn"), settings)
 
 
 def test_built_in_texts_pass(settings):
@@ -208,13 +215,16 @@ def test_built_in_texts_pass(settings):
             "evaluate.texts",
             "letters",
         ),
+        ({"limits": Limits(max_kl=1.0)}, "limits.max_kl", "evaluate"),
+        ({"limits": Limits(min_top1=0.5)}, "limits.min_top1", "evaluate"),
+        ({"limits": Limits(max_bits=2.0), "bits": 3.0}, "limits.max_bits", "bits asks for 3"),
         ({"evaluation": Evaluation(texts={"a": "none"}, windows=1, window_tokens=2)}, "evaluate.texts", "job_sources"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_it_is_queued(settings, changes, param, part):
     """Unknown methods and settings, odd names, missing texts: a 400 that names the option."""
     with pytest.raises(BadRequest, match=part) as refused:
-        plan_job(submission(**changes), settings)
+        plan_job(JOB_ID, submission(**changes), settings)
     assert refused.value.param == param
 
 
@@ -224,9 +234,16 @@ def test_an_existing_name_is_a_conflict(settings, tmp_path):
     (tmp_path / "root" / "dangling").symlink_to(tmp_path / "none")
     for name in ("small", "dangling"):
         with pytest.raises(Conflict):
-            plan_job(submission(name=name), settings)
+            plan_job(JOB_ID, submission(name=name), settings)
 
 
 def test_a_name_is_made_from_model_and_method(settings):
     """Without a name the model's folder and the method give one."""
-    assert plan_job(submission(name=None), settings).name == "model-rtn"
+    assert plan_job(JOB_ID, submission(name=None), settings).name == "model-rtn"
+
+
+def test_a_job_recorded_by_an_older_version_is_read():
+    """What was queued before limits and priorities existed runs without them."""
+    old = {"name": "a", "artifact": "/a", "folder": "/f", "config": {}, "evaluation": None, "load": False}
+    assert JobSpec.from_dict(old) == JobSpec(**old)
+    assert not JobSpec.from_dict(old).has_limits
