@@ -26,6 +26,9 @@ WEIGHTS_FILE = "model.safetensors"
 ORIGINAL = "original"
 """The method of a manifest that describes an original (artifact/original.py); no artifact has it."""
 
+MOST_PACKED_PER_STORED = 2.2
+"""Packed weights hold scales in float32 and pad rows and groups: 1.1 to 2.1 times what is stored, by format."""
+
 PARTS = ("signs", "codes", "scales", "salient", "index", "embedding", "full_precision")
 """Where the bytes of an artifact can be: keys of `Manifest.bytes_by_part`."""
 

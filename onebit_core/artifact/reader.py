@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from onebit_core.artifact.golden import read_golden
 from onebit_core.artifact.identity import read_manifest, read_report
-from onebit_core.artifact.manifest import Manifest
+from onebit_core.artifact.manifest import MOST_PACKED_PER_STORED, Manifest
 from onebit_core.artifact.registration import QUANT_METHOD, OnebitQuantizationConfig, swap_modules
 from onebit_core.artifact.weight_files import read_headers, weight_files, weights_sha256
 from onebit_core.errors import (
@@ -45,9 +45,6 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOST_PACKED_PER_STORED = 2.2
-"""Packed weights hold scales in float32 and pad rows and groups: 1.1 to 2.1 times what is stored, by format."""
-
 FLOATING_DTYPES = ("F64", "F32", "F16", "BF16")
 SAFETENSORS_DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16"}
 

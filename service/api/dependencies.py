@@ -4,9 +4,11 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from service.auth import Caller
 from service.errors import JobsUnavailable
 from service.jobs.client import JobClient
 from service.metrics import Metrics
+from service.rate_limits import Allowance
 from service.registry.registry import ModelRegistry
 from service.settings import Settings
 
@@ -41,6 +43,16 @@ def jobs_of(request: Request) -> JobClient:
     if jobs is None:
         raise JobsUnavailable("this server runs no jobs; start it with --artifact-root and --jobs-enabled")
     return jobs
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks; the guard has found out."""
+    return cast("Caller", request.state.caller)
+
+
+def allowance_of(request: Request) -> Allowance | None:
+    """What the caller's key has left; None if it has no limit."""
+    return cast("Allowance | None", request.state.allowance)
 
 
 SettingsDep = Annotated[Settings, Depends(settings_of)]

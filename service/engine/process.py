@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from service.engine.grammar_desk import Compiled
 from service.engine.loop import EngineLoop
 from service.engine.messages import FromEngine, Started, StartFailed, ToEngine
 from service.engine.runner import Runner
+from service.engine.steady import fingerprint, own_weights, stamp
 from service.engine.types import EngineConfig, EngineInfo
 from service.errors import EngineStartFailed
 from service.log import adopt_logger, configure_logging
@@ -98,9 +100,28 @@ def load(config: EngineConfig) -> tuple[Runner, PreTrainedTokenizerBase]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     module, _, function = config.loader.partition(":")
     loader = getattr(importlib.import_module(module), function)
+    before = _stamp_of(config)
     loaded: Loaded = loader(config.artifact, device=device, dtype=config.dtype, backend=config.backend)
     release_stored(loaded.model)  # a server only computes; the packed copy is enough
+    own_weights(loaded.model)
+    if _stamp_of(config) != before:
+        raise EngineStartFailed(f"{config.artifact} was changed while it was loaded; load it again")
     return Runner(loaded.model, config), loaded.tokenizer
+
+
+def _stamp_of(config: EngineConfig) -> object:
+    """Return what the model's files are now.
+
+    Raises:
+        EngineStartFailed: they are not those that the server knows.
+    """
+    folder = Path(config.artifact)
+    if config.fingerprint and fingerprint(folder) != config.fingerprint:
+        raise EngineStartFailed(
+            f"{config.artifact} is not what it was when the server read it: its files were changed, replaced or "
+            "deleted; load it again, or swap it in under the same name"
+        )
+    return stamp(folder)
 
 
 def describe(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> EngineInfo:

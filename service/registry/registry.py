@@ -1,77 +1,62 @@
-"""The models this server serves: name -> artifact, engine, tokenizer.
+"""The models this server serves: name -> slot -> artifact, engine, tokenizer; and alias -> name.
 
-A name lives like this:
+    load      a free name: loading, then ready
+    swap      a second slot loads beside the first and passes its golden prompts, then takes the name; the first drains
+    unload    the name is free at once; the engine ends with the last request that uses it
 
-    (unknown) --load--> loading --> ready --unload--> draining --> (unknown)
-                           '--failed--> (unknown)
-
-A request holds a *lease* while it runs. Unloading takes the name away at once, so new requests get 404, and stops the
-engine when the last lease is returned. Two loads of one name exclude each other: the second is a conflict.
+A request looks its name up once and holds a *lease* on the slot it found until its answer is complete. So a name can
+change hands between two requests, and never during one. Whatever is to be loaded is first asked for its memory, and two
+changes of one name exclude each other: the second is a conflict.
 """
 
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
-from onebit_core.artifact.golden import read_golden
-from onebit_core.artifact.manifest import Manifest, Report
-from onebit_core.errors import CorruptArtifact
-from service.accuracy.scorer import LiveScorer
-from service.accuracy.types import ScorerConfig
+from onebit_core.errors import OnebitError
 from service.engine.client import EngineClient
-from service.engine.types import ARTIFACT_LOADER, ORIGINAL_LOADER, EngineConfig
-from service.errors import BadRequest, Conflict, ModelLoading, NotFound, ShuttingDown, UnknownModel
+from service.errors import BadRequest, Conflict, ModelLoading, NotFound, ServiceError, ShuttingDown, UnknownModel
 from service.metrics import Metrics
-from service.registry.artifacts import Identity, read_identity, read_tokenizer
-from service.registry.golden import replay_golden
+from service.registry.aliases import Aliases
+from service.registry.artifacts import Identity, read_identity
+from service.registry.budget import MemoryBudget
+from service.registry.loading import EngineStarter, ModelLoader
+from service.registry.memory import MemoryPlan
+from service.registry.record import RecordFile
 from service.registry.served import ServedModel
-from service.registry.watch import StatsCounter
+from service.registry.shelf import resolve_artifact
+from service.registry.slots import ModelState, Slot
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-EngineStarter = Callable[[EngineConfig], Awaitable[EngineClient]]
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 LOADING_RETRY_SECONDS = 5.0
 
 
-class ModelState(StrEnum):
-    """Where a name stands."""
-
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-
-
-@dataclass(kw_only=True)
-class Slot:
-    """One name and what it stands for."""
-
-    name: str
-    path: Path
-    state: ModelState = ModelState.LOADING
-    model: ServedModel | None = None
-    num_leases: int = 0
-    unused: asyncio.Event = field(default_factory=asyncio.Event)
-    restarts_counted: int = 0
-
-
 class ModelRegistry:
-    """Loads, lends and unloads models."""
+    """Loads, lends, swaps and unloads models.
+
+    Attributes:
+        aliases: further names of served models.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics, start_engine: EngineStarter = EngineClient.start) -> None:
+        self.aliases = Aliases(
+            is_served=lambda name: name in self._slots, check_name=check_name, on_change=self.remember
+        )
         self._settings = settings
         self._metrics = metrics
-        self._start_engine = start_engine
+        self._record = RecordFile(settings)
+        self._loader = ModelLoader(settings, metrics, start_engine)
+        self._budget = MemoryBudget(settings)
         self._slots: dict[str, Slot] = {}
-        self._draining: set[asyncio.Task[None]] = set()
+        self._incoming: dict[str, Slot] = {}  # what loads in order to take a name that another has
+        self._draining: dict[Slot, asyncio.Task[None]] = {}
+        self._missed: dict[str, Path] = {}  # what was served before the restart, and could not be loaded after it
         self._closed = False
         self._loaded_initial = False
 
@@ -81,16 +66,49 @@ class ModelRegistry:
         return self._loaded_initial and not self._closed and all(model.engine.is_alive for model in self.models())
 
     async def load_initial(self, artifacts: Sequence[str]) -> None:
-        """Load the models named at start, one after another; `is_ready` turns true afterwards.
+        """Load the models named at start, one after another, then those remembered; `is_ready` turns true afterwards.
 
         Raises:
             OnebitError: an artifact is missing or corrupt.
-            ServiceError: two of one name, or an engine that does not start.
+            ServiceError: two of one name, too little memory, or an engine that does not start.
         """
         slots = [await self._reserve(Path(artifact), None) for artifact in artifacts]
+        for slot, _ in slots:
+            slot.is_named_at_start = True
         for slot, identity in slots:
             await self._fill(slot, identity)
+        await self._load_remembered()
+
+    async def _load_remembered(self) -> None:
+        """Load what the admin API had loaded before the restart; what cannot be is told and left out."""
+        record = self._record.read()
+        for name, place in record.models.items():
+            try:
+                path = await asyncio.to_thread(resolve_artifact, self._settings, place)
+                if name not in self._slots:
+                    await self.load(path, name)
+                elif path != self._slots[name].path.resolve():
+                    message = "%s: served from where the settings say, not from %s as before the restart"
+                    logger.warning(message, name, place)
+            except NotFound as error:
+                logger.warning("%s was served before the restart and is gone: %s", name, error)
+            except (OnebitError, ServiceError) as error:
+                logger.error("%s was served before the restart and cannot be now: %s", name, error)  # noqa: TRY400
+                self._missed[name] = Path(place)
+        for alias, name in record.aliases.items():
+            try:
+                self.aliases.point(alias, name)
+            except ServiceError as error:
+                logger.error("the alias %s of before the restart is left out: %s", alias, error)  # noqa: TRY400
         self._loaded_initial = True
+        self.remember()
+
+    def remember(self) -> None:
+        """Write down what is served, for the next start; not before the last start's is loaded."""
+        if not self._loaded_initial:
+            return
+        models = {slot.name: slot.path for slot in self._slots.values() if slot.model and not slot.is_named_at_start}
+        self._record.write({**self._missed, **models}, self.aliases.targets())
 
     async def load(self, path: Path, name: str | None = None) -> ServedModel:
         """Load one artifact and serve it.
@@ -102,158 +120,170 @@ class ModelRegistry:
         Raises:
             OnebitError: the artifact is missing or corrupt.
             Conflict: the name is taken.
-            EngineStartFailed: the engine could not load it.
+            DoesNotFit: there is too little memory.
+            EngineStartFailed: the engine could not load it, or computes something else than the artifact's golden
+                prompts say.
         """
         return await self._fill(*await self._reserve(path, name))
 
-    async def _reserve(self, path: Path, name: str | None) -> tuple[Slot, Identity]:
-        """Take the name, so that nobody else loads it meanwhile."""
-        if self._closed:
-            raise ShuttingDown("the server is shutting down and loads nothing")
+    async def swap(self, name: str, path: Path, *, unload_first: bool = False) -> ServedModel:
+        """Serve another artifact under a name, without a request that fails.
+
+        Args:
+            name: of a served model.
+            path: the other artifact's folder; the same one if its files were replaced.
+            unload_first: end the served model before the other is loaded, where memory does not hold both. Requests are
+                told to come back meanwhile; if the other cannot be loaded, the first is loaded again.
+
+        Raises:
+            UnknownModel: no model of that name is served.
+            Conflict: the name is being loaded or swapped.
+            OnebitError, DoesNotFit, EngineStartFailed: as for `load`; the first goes on serving.
+        """
+        old = self._swappable(name)
+        new = self._incoming[name] = Slot(name=name, path=path)
+        try:
+            identity = await read_identity(path)
+            await self._budget.admit(new, identity, self.slots(), replaced=old, unload_first=unload_first)
+            if unload_first:
+                return await self._swap_unloaded(old, new, identity)
+            model = await self._loader.load(name, path, identity)
+            self._serve(new, model)
+            self._drain(old)
+        finally:
+            del self._incoming[name]
+        logger.info("model swapped", extra={"model": name, "artifact_sha256": model.manifest.sha256})
+        return model
+
+    async def plan(self, path: Path, name: str | None = None) -> tuple[str, MemoryPlan]:
+        """Say what `load`, or `swap` where the name is served, would need; nothing is touched.
+
+        Returns:
+            The name it would be served under, and the plan.
+
+        Raises:
+            OnebitError: the artifact is missing or corrupt.
+            BadRequest: the name cannot be one.
+        """
         identity = await read_identity(path)
         name = name or identity.manifest.name
-        if not MODEL_NAME.fullmatch(name):
-            raise BadRequest(f"model name {name!r} may only have letters, digits and . _ / -", param="name")
+        check_name(name)
+        return name, await self._budget.plan(identity, self.slots(), replaced=self._slots.get(name))
+
+    async def _reserve(self, path: Path, name: str | None) -> tuple[Slot, Identity]:
+        """Take the name, so that nobody else loads it meanwhile."""
+        self._refuse_closed()
+        identity = await read_identity(path)
+        name = name or identity.manifest.name
+        check_name(name)
         if name in self._slots:
-            raise Conflict(f"a model named {name!r} is already served; unload it first", param="name")
+            raise Conflict(f"a model named {name!r} is already served; unload it first, or swap it", param="name")
+        if name in self.aliases:
+            target = self.aliases.resolve(name)
+            message = f"{name!r} is an alias of {target!r}; remove the alias first, or choose another name"
+            raise Conflict(message, param="name")
         slot = self._slots[name] = Slot(name=name, path=path)
         return slot, identity
 
     async def _fill(self, slot: Slot, identity: Identity) -> ServedModel:
-        """Start engine and tokenizer for a reserved name; give the name back if that fails."""
+        """Load what a name was reserved for; give the name back if that fails."""
         try:
-            self._publish(slot, identity.manifest, identity.report)
-            engine, tokenizer = await self._start(identity)
-            if not identity.is_original:
-                await self._check_golden(slot, identity.manifest, engine)
+            await self._budget.admit(slot, identity, self.slots())
+            model = await self._loader.load(slot.name, slot.path, identity)
         except BaseException:
-            self._forget(slot)
+            del self._slots[slot.name]
             raise
-        slot.model = ServedModel(
-            name=slot.name,
-            path=slot.path,
-            manifest=identity.manifest,
-            report=identity.report,
-            tokenizer=tokenizer,
-            engine=engine,
-            metrics=self._metrics.engine,
-            scorer=None if identity.is_original else self._scorer(slot, identity.manifest),
-        )
-        slot.state = ModelState.READY
-        engine.on_stats = StatsCounter(self._metrics.engine, slot.name, engine.stats)
-        info = engine.info
-        self._metrics.engine.info.labels(slot.name, info.backend, info.device, info.dtype).set(1)
-        settings = self._settings
-        dtype = info.dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
-        cache = (settings.page_size, info.num_pages, dtype, info.max_model_len, settings.prefix_caching)
-        self._metrics.engine.cache_info.labels(slot.name, *map(str, cache)).set(1)
-        logger.info("model loaded", extra={"model": slot.name, "device": info.device, "backend": info.backend})
-        return slot.model
+        self._serve(slot, model)
+        return model
 
-    async def _start(self, identity: Identity) -> tuple[EngineClient, Any]:
-        """Start the engine and read the tokenizer meanwhile; both import large packages first, each for itself."""
-        starting = asyncio.ensure_future(self._start_engine(engine_config(self._settings, identity)))
+    async def _swap_unloaded(self, old: Slot, new: Slot, identity: Identity) -> ServedModel:
+        """End the old model, then load the new one; if that fails, load the old one again."""
+        self._slots[old.name] = new
+        await self._drain(old)
         try:
-            tokenizer = await asyncio.to_thread(read_tokenizer, identity.folder)
-        except BaseException:
-            starting.cancel()
-            for engine in await asyncio.gather(starting, return_exceptions=True):
-                if not isinstance(engine, BaseException):
-                    await engine.stop()
+            return await self._fill(new, identity)
+        except Exception as error:
+            logger.warning("the swap failed, the former model is loaded again: %s", error, extra={"model": old.name})
+            await self._load_again(old)
             raise
-        return await starting, tokenizer
 
-    async def _check_golden(self, slot: Slot, manifest: Manifest, engine: EngineClient) -> None:
-        """Replay the artifact's golden prompts; the engine is stopped if it fails them.
-
-        Raises:
-            EngineStartFailed: it computes something else than the reference.
-            CorruptArtifact: the prompts are not those that were written.
-        """
-        if self._settings.golden_check == "off":
+    async def _load_again(self, old: Slot) -> None:
+        """Bring a model back that made room for another."""
+        back = self._slots[old.name] = Slot(name=old.name, path=old.path, is_named_at_start=old.is_named_at_start)
+        try:
+            identity = await read_identity(old.path)
+        except OnebitError as error:
+            del self._slots[old.name]
+            logger.error("%s cannot be loaded again: %s", old.name, error)  # noqa: TRY400  (a sentence is enough)
             return
         try:
-            golden = await asyncio.to_thread(read_golden, slot.path, manifest)
-            result = await replay_golden(engine, golden) if golden is not None else None
-        except BaseException:
-            await engine.stop()
-            raise
-        if result is None:
-            why = "the artifact has none" if golden is None else "max_model_len leaves no room for them"
-            logger.warning("served without a check of golden prompts: %s", why, extra={"model": slot.name})
-            return
-        self._metrics.live.golden_error.labels(slot.name).set(result.error)
-        self._metrics.live.golden_timestamp.labels(slot.name).set(result.timestamp)
-        checked = {"model": slot.name, "logprob_error": round(result.error, 5), "tokens": result.tokens}
-        logger.info("golden prompts agree", extra=checked)
+            await self._fill(back, identity)
+        except (OnebitError, ServiceError) as error:
+            logger.error("%s cannot be loaded again: %s", old.name, error)  # noqa: TRY400  (a sentence is enough)
 
-    def _scorer(self, slot: Slot, manifest: Manifest) -> LiveScorer | None:
-        """Make the scorer of a model, where one is asked for and there is an original to compare with."""
-        settings = self._settings
-        original = settings.originals.get(slot.name)
-        if not settings.score_share:
-            return None
-        if original is None and not Path(manifest.source.model).expanduser().exists():
-            reason = f"its original {manifest.source.model} is not on this machine; name one with --score-original"
-            logger.warning("no live accuracy: %s", reason, extra={"model": slot.name})
-            return None
-        config = ScorerConfig(
-            artifact=str(slot.path),
-            original=original,
-            device=settings.score_device,
-            num_threads=settings.score_threads,
-            max_tokens=settings.score_max_tokens,
-            log_level=settings.log_level,
-        )
-        return LiveScorer(config, share=settings.score_share, metrics=self._metrics.live, model=slot.name)
-
-    def _publish(self, slot: Slot, manifest: Manifest, report: Report) -> None:
-        """Show a name's series.
-
-        Raises:
-            CorruptArtifact: the report has a date or an error that cannot be one.
-        """
-        self._metrics.engine.start_series(slot.name)
-        try:
-            self._metrics.artifact.start_series(slot.name, manifest, report)
-        except ValueError as error:
-            raise CorruptArtifact(f"{slot.path}: its report cannot be shown: {error}") from None
-
-    def _forget(self, slot: Slot) -> None:
-        """Free a name and take its series away."""
-        del self._slots[slot.name]
-        self._metrics.engine.end_series(slot.name)
-        self._metrics.artifact.end_series(slot.name)
-        self._metrics.live.end_series(slot.name)
+    def _serve(self, slot: Slot, model: ServedModel) -> None:
+        """Give a loaded model its name: from here on requests find it."""
+        slot.model, slot.state = model, ModelState.READY
+        self._loader.publish(model)
+        self._slots[slot.name] = slot
+        self._missed.pop(slot.name, None)
+        self.remember()
 
     def unload(self, name: str) -> None:
         """Stop serving a name; its engine ends when the last request that uses it has.
 
         Raises:
             UnknownModel: there is no such name.
-            Conflict: it is still loading.
+            Conflict: it is still loading or being swapped, or an alias leads to it.
         """
-        slot = self._slots.get(name)
-        if slot is None or slot.state is ModelState.DRAINING:
-            raise UnknownModel(f"no model named {name!r} is loaded")
-        if slot.model is None:
-            raise Conflict(f"model {name!r} is still loading")
-        slot.state = ModelState.DRAINING
-        task = asyncio.get_running_loop().create_task(self._finish_unload(slot, slot.model))
-        self._draining.add(task)
-        task.add_done_callback(self._draining.discard)
+        slot = self._swappable(name)
+        if names := self.aliases.of(name):
+            raise Conflict(
+                f"model {name!r} is also served as {', '.join(map(repr, names))}; repoint or remove the alias first",
+                param="name",
+            )
+        del self._slots[name]
+        self.remember()
+        self._drain(slot)
 
-    async def _finish_unload(self, slot: Slot, model: ServedModel) -> None:
-        """Wait for the leases, then stop the engine and free the name."""
-        if slot.num_leases:
-            await slot.unused.wait()
-        await model.stop()
-        self._forget(slot)
+    def _swappable(self, name: str) -> Slot:
+        """Return the slot of a name that may be taken from it."""
+        self._refuse_closed()
+        if name in self.aliases:
+            target = self.aliases.resolve(name)
+            raise Conflict(f"{name!r} is an alias; name its model, {target!r}, or repoint the alias", param="name")
+        slot = self._slots.get(name)
+        if slot is None:
+            raise UnknownModel(f"no model named {name[:128]!r} is loaded; known: {self._known()}", param="name")
+        if name in self._incoming:
+            raise Conflict(f"model {name!r} is being swapped; wait for the end of that", param="name")
+        if slot.model is None:
+            raise Conflict(f"model {name!r} is still loading", param="name")
+        return slot
+
+    def _drain(self, slot: Slot) -> asyncio.Task[None]:
+        """End a slot that has no name any more when its last request has ended."""
+        slot.state = ModelState.DRAINING
+        task = asyncio.get_running_loop().create_task(self._finish(slot), name=f"drain-{slot.name}")
+        self._draining[slot] = task
+        return task
+
+    async def _finish(self, slot: Slot) -> None:
+        """Wait for the leases, stop the engine, and take the name's series away if nobody has it now."""
+        try:
+            await slot.drain()
+        finally:
+            del self._draining[slot]
+        if all(other.model is None for other in self.slots() if other.name == slot.name):
+            self._loader.withdraw(slot.name)
         logger.info("model unloaded", extra={"model": slot.name})
 
     @contextmanager
     def lease(self, name: str) -> Iterator[ServedModel]:
         """Hold a model for the length of one request.
+
+        Args:
+            name: of the model, or an alias.
 
         Raises:
             UnknownModel: no model of that name is served.
@@ -262,24 +292,17 @@ class ModelRegistry:
         """
         if self._closed:
             raise ShuttingDown("the server is shutting down; try another replica", retry_after_seconds=1.0)
-        slot = self._slots.get(name)
-        if slot is None or slot.state is ModelState.DRAINING:
-            known = ", ".join(model.name for model in self.models()) or "none"
-            raise UnknownModel(f"no model named {name[:128]!r} is served here; known: {known}", param="model")
+        slot = self._slots.get(self.aliases.resolve(name))
+        if slot is None:
+            raise UnknownModel(f"no model named {name[:128]!r} is served here; known: {self._known()}", param="model")
         if slot.model is None:
             raise ModelLoading(f"model {name!r} is still loading", retry_after_seconds=LOADING_RETRY_SECONDS)
-        slot.num_leases += 1
-        slot.unused.clear()
-        try:
-            yield slot.model
-        finally:
-            slot.num_leases -= 1
-            if not slot.num_leases:
-                slot.unused.set()
+        with slot.lease(slot.model) as model:
+            yield model
 
     def models(self) -> list[ServedModel]:
-        """The models that answer requests, oldest first."""
-        return [slot.model for slot in self._slots.values() if slot.model and slot.state is ModelState.READY]
+        """The models that answer requests, oldest name first."""
+        return [slot.model for slot in self._slots.values() if slot.model is not None]
 
     def get(self, name: str) -> ServedModel:
         """Look one model up without holding it.
@@ -291,73 +314,62 @@ class ModelRegistry:
             return model
 
     def slots(self) -> list[Slot]:
-        """Every name with its state, for the admin API."""
-        return list(self._slots.values())
+        """Everything that is loading, ready or draining; a name is there twice while it is swapped."""
+        slots = (*self._slots.values(), *self._incoming.values(), *self._draining)
+        return list(dict.fromkeys(slots))
+
+    def names(self) -> list[str]:
+        """Every model that is served or on the way, without aliases."""
+        return list(self._slots)
+
+    def _known(self) -> str:
+        return ", ".join((*self._slots, *self.aliases)) or "none"
 
     def refresh_metrics(self) -> None:
-        """Bring the gauges up to date; called before a scrape."""
+        """Bring the gauges up to date; called before a scrape. Two slots of one name are one model to the reader."""
         metrics = self._metrics.engine
-        for slot in self._slots.values():
+        sums: dict[str, list[int]] = {}
+        for slot in self.slots():
             if slot.model is None:
                 continue
-            stats = slot.model.engine.stats
-            metrics.running.labels(slot.name).set(stats.num_running)
-            metrics.waiting.labels(slot.name).set(stats.num_waiting)
-            metrics.cache_usage.labels(slot.name).set(stats.kv_cache_usage)
+            stats, name = slot.model.engine.stats, slot.name
+            running, waiting = sums.get(name, (0, 0))
+            sums[name] = [running + stats.num_running, waiting + stats.num_waiting]
+            if slot.state is ModelState.READY or name not in self._slots:
+                metrics.cache_usage.labels(name).set(stats.kv_cache_usage)
             missed = slot.model.engine.restarts - slot.restarts_counted
-            metrics.restarts.labels(slot.name).inc(missed)
+            metrics.restarts.labels(name).inc(missed)
             slot.restarts_counted += missed
+        for name, (running, waiting) in sums.items():
+            metrics.running.labels(name).set(running)
+            metrics.waiting.labels(name).set(waiting)
 
     def close(self) -> None:
         """Refuse new work from now on; running requests go on."""
         self._closed = True
 
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise ShuttingDown("the server is shutting down and changes no models")
+
     async def stop(self) -> None:
         """Stop every engine; sequences that still run end with an error."""
         self.close()
-        for task in self._draining:
+        slots = self.slots()
+        draining = list(self._draining.values())
+        for task in draining:
             task.cancel()
-        await asyncio.gather(*self._draining, return_exceptions=True)
-        await asyncio.gather(*(slot.model.stop() for slot in self._slots.values() if slot.model is not None))
+        await asyncio.gather(*draining, return_exceptions=True)
+        await asyncio.gather(*(slot.model.stop() for slot in slots if slot.model is not None))
 
 
-def engine_config(settings: Settings, identity: Identity) -> EngineConfig:
-    """Say how the engine of a model is to run."""
-    return EngineConfig(
-        artifact=str(identity.folder),
-        loader=ORIGINAL_LOADER if identity.is_original else ARTIFACT_LOADER,
-        device=settings.device,
-        dtype=settings.dtype,
-        backend=settings.backend,
-        page_size=settings.page_size,
-        kv_cache_bytes=settings.kv_cache_bytes,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        fuse=settings.fuse,
-        max_num_sequences=settings.max_num_sequences,
-        max_batched_tokens=settings.max_batched_tokens,
-        prefix_caching=settings.prefix_caching,
-        max_queued_requests=settings.max_queued_requests,
-        max_model_len=settings.max_model_len,
-        log_level=settings.log_level,
-    )
-
-
-def resolve_artifact(settings: Settings, path: str) -> Path:
-    """Turn a path sent by an admin into a folder or GGUF file that may be loaded.
+def check_name(name: str) -> None:
+    """Refuse a name that does not fit into labels, logs and paths of the API.
 
     Raises:
-        BadRequest: it is not inside artifact_root, nor one of the artifacts named at start.
-        NotFound: it is, but there is no such folder or file.
+        BadRequest: it has other characters, or is too long.
     """
-    named_at_start = {Path(artifact).resolve() for artifact in settings.artifacts}
-    root = settings.artifact_root.resolve() if settings.artifact_root else None
-    try:
-        resolved = (root / path if root else Path(path)).resolve()
-        is_there = resolved.is_dir() or (resolved.suffix == ".gguf" and resolved.is_file())
-    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, or links in a circle
-        raise BadRequest("path is not one this machine can have", param="path") from None
-    if resolved not in named_at_start and not (root and resolved.is_relative_to(root) and resolved != root):
-        raise BadRequest("path must lie inside artifact_root, or be an artifact named at start", param="path")
-    if not is_there:
-        raise NotFound(f"there is no artifact folder and no GGUF file {path!r}", param="path")
-    return resolved
+    if not MODEL_NAME.fullmatch(name):
+        raise BadRequest(
+            f"model name {name[:128]!r} may only have letters, digits and . _ / -, at most 128", param="name"
+        )

@@ -10,16 +10,17 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onebit_core.artifact.manifest import Manifest, Report
+from onebit_core.artifact.manifest import ORIGINAL, Manifest, Report
 from service.accuracy.scorer import LiveScorer
 from service.engine.client import EngineClient
 from service.engine.types import FinishReason, GenerationRequest, TokenEvent
 from service.errors import EngineBusy, EngineDead, GenerationFailed, ShuttingDown
 from service.metrics import EngineMetrics
+from service.registry.golden import GoldenResult
 from service.registry.vocabulary import Vocabulary
 from service.registry.watch import GroupCounter, SequenceWatch
 
@@ -34,6 +35,7 @@ class ServedModel:
         name: what requests call it.
         path: the artifact's folder.
         created: when it was loaded, Unix seconds.
+        golden: how its engine did on the golden prompts; None where they were not asked.
         scorer: scores a share of the sequences against the original; None where none is.
         tokenizer: transformers' tokenizer of the artifact; used only through `in_tokenizer_thread`.
     """
@@ -45,6 +47,7 @@ class ServedModel:
     tokenizer: Any
     engine: EngineClient
     metrics: EngineMetrics
+    golden: GoldenResult | None = None
     scorer: LiveScorer | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     _groups: GroupCounter = field(init=False)
@@ -53,14 +56,23 @@ class ServedModel:
     def __post_init__(self) -> None:
         self._groups = GroupCounter(self.metrics, self.name)
 
+    @property
+    def is_original(self) -> bool:
+        """Whether nothing was quantized."""
+        return self.manifest.method == ORIGINAL
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """What each token writes; made on first use, which must be in the tokenizer thread."""
         return Vocabulary(self.tokenizer)
 
     async def in_tokenizer_thread(self, work: Callable[[], T]) -> T:
-        """Run tokenizer work off the event loop; one thread per model, because tokenizers are not all reentrant."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        """Run tokenizer work off the event loop; one thread per model, because tokenizers are not all reentrant.
+
+        Raises:
+            GenerationFailed: the tokenizer gave up on the text, as a pattern does that tries too many ways to match.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._executor, partial(_without_panic, work))
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Stream one sequence; leaving early aborts it.
@@ -99,6 +111,16 @@ class ServedModel:
             await self.scorer.stop()
         await self.engine.stop()
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _without_panic(work: Callable[[], T]) -> T:
+    """Do tokenizer work; a panic of its Rust part, which is no Exception, becomes one."""
+    try:
+        return work()
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise GenerationFailed(f"the model's tokenizer failed on this text: {error}") from None
 
 
 def _raise_if_failed(event: TokenEvent) -> None:

@@ -1,13 +1,12 @@
-"""Bodies and answers of the admin endpoints."""
+"""Bodies of the job endpoints."""
 
-from datetime import UTC, datetime
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field
 
 from service.api.openai.fields import StrictBody, Text
 from service.jobs.submission import Submission
-from service.jobs.types import Evaluation, Job, JobState
+from service.jobs.types import HIGHEST_PRIORITY, Evaluation, Limits
 
 MAX_PATH_CHARACTERS = 4096
 
@@ -68,6 +67,23 @@ class EvaluateBody(StrictBody):
     window_tokens: int = Field(default=2048, ge=2, le=1 << 20)
 
 
+class LimitsBody(StrictBody):
+    """What the artifact must keep to; a job that makes another ends as rejected."""
+
+    max_kl: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Mean KL divergence in nats, on each text of evaluate."
+    )
+    min_top1: float | None = Field(
+        default=None, gt=0, le=1, description="Share of tokens ranked first alike, on each text of evaluate."
+    )
+    max_bits: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Bits per weight of the whole model, embedding and head included, from the bytes written.",
+    )
+
+
 class QuantizeBody(StrictBody):
     """POST /admin/quantize."""
 
@@ -87,7 +103,14 @@ class QuantizeBody(StrictBody):
         default=None, description="Name of the model and its folder; by default made from model and method."
     )
     evaluate: EvaluateBody | None = None
+    limits: LimitsBody = LimitsBody()
     load: bool = Field(default=False, description="Whether to serve the artifact at the end.")
+    priority: int = Field(
+        default=0,
+        ge=-HIGHEST_PRIORITY,
+        le=HIGHEST_PRIORITY,
+        description="The larger runs first; jobs of one priority run in the order they came.",
+    )
 
     def submission(self) -> Submission:
         """Hand over to the jobs."""
@@ -110,94 +133,6 @@ class QuantizeBody(StrictBody):
             name=self.name,
             evaluation=evaluation,
             load=self.load,
+            limits=Limits(**self.limits.model_dump()),
+            priority=self.priority,
         )
-
-
-class LoadBody(StrictBody):
-    """POST /admin/models/load."""
-
-    path: Text = Field(min_length=1, max_length=MAX_PATH_CHARACTERS, description="Folder inside artifact_root.")
-    name: str | None = Field(default=None, max_length=128, description="To serve it under; default its manifest's.")
-
-
-class JobAnswer(StrictBody):
-    """A job."""
-
-    id: str
-    object: Literal["job"] = "job"
-    state: JobState
-    method: str
-    model: str
-    name: str
-    stage: str | None = Field(description="load, write text, calibrate, quantize, distill, write, evaluate or serve.")
-    blocks_completed: int
-    blocks: int
-    relative_error: float | None = Field(description="Of the block just done.")
-    created: str
-    updated: str
-    artifact: str | None = Field(description="The artifact's folder, once it is written.")
-    error: str | None = Field(description="Why the job failed.")
-
-    @classmethod
-    def of(cls, job: Job) -> Self:
-        """Describe a job."""
-        return cls(
-            id=job.id,
-            state=job.state,
-            method=job.method,
-            model=job.model,
-            name=job.name,
-            stage=job.progress.stage,
-            blocks_completed=job.progress.blocks_completed,
-            blocks=job.progress.blocks,
-            relative_error=job.progress.relative_error,
-            created=_iso(job.created),
-            updated=_iso(job.updated),
-            artifact=job.artifact,
-            error=job.error,
-        )
-
-
-class JobList(StrictBody):
-    """All jobs, newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[JobAnswer]
-
-
-class ModelAnswer(StrictBody):
-    """A model and how it is served."""
-
-    id: str
-    object: Literal["model"] = "model"
-    state: Literal["loading", "ready", "draining"]
-    path: str
-    leases: int = Field(description="Requests that use it now.")
-    method: str | None
-    bits_per_weight: float | None = Field(description="Of the whole model, embedding and head included.")
-    device: str | None
-    dtype: str | None
-    backend: str | None
-    max_model_len: int | None
-    memory_bytes: int | None
-    alive: bool
-    restarts: int
-
-
-class ModelAnswers(StrictBody):
-    """All models."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelAnswer]
-
-
-class Deleted(StrictBody):
-    """A model that is served no more."""
-
-    id: str
-    object: Literal["model"] = "model"
-    deleted: Literal[True] = True
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

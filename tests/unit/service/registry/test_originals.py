@@ -13,7 +13,8 @@ from onebit_core.errors import OnebitError, UnsupportedFormat, UnsupportedModel
 from service.engine.types import ARTIFACT_LOADER, ORIGINAL_LOADER
 from service.metrics import Metrics
 from service.registry.artifacts import read_identity
-from service.registry.registry import ModelRegistry, resolve_artifact
+from service.registry.registry import ModelRegistry
+from service.registry.shelf import resolve_artifact
 from service.settings import Settings
 from tests.support.paper_artifact import write_paper_artifact
 from tests.support.quantized import quantize_tiny

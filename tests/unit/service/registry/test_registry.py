@@ -8,7 +8,8 @@ import pytest
 from onebit_core.errors import ArtifactError, CorruptArtifact
 from service.errors import BadRequest, Conflict, EngineStartFailed, ModelLoading, NotFound, ShuttingDown, UnknownModel
 from service.metrics import Metrics
-from service.registry.registry import ModelRegistry, resolve_artifact
+from service.registry.registry import ModelRegistry
+from service.registry.shelf import resolve_artifact
 from service.settings import Settings
 from tests.support.paper_artifact import write_paper_artifact
 from tests.support.scripted_engine import EngineStats, ScriptedStarter
