@@ -3,20 +3,21 @@
     onebit-serve [serve] ARTIFACT... [flags]
     onebit-serve keys add --file FILE --id NAME --scope inference [--scope admin]
     onebit-serve keys list --file FILE
+    onebit-serve keys rotate --file FILE --id NAME [--overlap-seconds N]
     onebit-serve keys remove --file FILE --id NAME
 
 Exit codes: 0 after a clean stop; 2 with one sentence on standard error when the settings, an artifact or the port
 cannot be used.
 """
 
-import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
-from pathlib import Path
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -25,7 +26,8 @@ from fastapi import FastAPI
 
 from onebit_core.artifact.identity import ModelKind, kind_of, read_manifest
 from onebit_core.errors import OnebitError
-from service.auth import Scope, add_key, read_keys, remove_key
+from service.api.connections import ClientConnection, ConnectionLimits, ConnectionWatch
+from service.key_commands import run_keys
 from service.log import configure_logging
 from service.settings import Settings, read_settings
 
@@ -33,14 +35,20 @@ logger = logging.getLogger("service")
 
 BAD_SETTINGS = 2
 BACKLOG = 2048
-KEEP_ALIVE_SECONDS = 15
+OWN_DESCRIPTORS = 64
+"""Kept from clients: for models, engines, the jobs' database, the key file, and a restart of any of them."""
+LEAST_CONNECTIONS = 16
+TICKS_PER_SWEEP = 10
 
 
 def main() -> None:
     """Run the command line."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["keys"]:
-        _keys(arguments[1:])
+        try:
+            run_keys(arguments[1:])
+        except (ValueError, OSError) as error:
+            _refuse(str(error))
     else:
         serve(arguments[1:] if arguments[:1] == ["serve"] else arguments)
 
@@ -54,32 +62,48 @@ def serve(arguments: list[str]) -> None:
         from service.app import create_app  # imports torch: after the settings are known to be good
 
         app = create_app(settings)
-        listener = _listen(settings)
+        listeners = [_listen(settings.host, settings.port)]
+        if settings.admin_port is not None:
+            listeners.append(_listen(settings.host, settings.admin_port))
+            app.state.admin_port = listeners[1].getsockname()[1]
     except (OnebitError, ValueError, OSError) as error:
         _refuse(str(error))
-    host, port = listener.getsockname()[:2]
-    logger.info("listening", extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"})
+    for listener, message in zip(listeners, ("listening", "listening for admin"), strict=False):
+        host, port = listener.getsockname()[:2]
+        logger.info(message, extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"})
     server = Server(app, settings)
-    asyncio.run(server.serve(sockets=[listener]))
+    asyncio.run(server.serve(sockets=listeners))
     if server.start_failure is not None:
         _refuse(server.start_failure)
 
 
 class Server(uvicorn.Server):
-    """uvicorn, told what draining means here.
+    """uvicorn, told what draining means here, and with limits on connections.
 
     Attributes:
         start_failure: why no model could be served, in one sentence; None if all went well.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self._watch = ConnectionWatch(
+            ConnectionLimits(
+                receive_timeout_seconds=settings.receive_timeout_seconds,
+                send_timeout_seconds=settings.send_timeout_seconds,
+                max_connections=_connections_that_fit(settings.max_connections),
+                max_per_address=settings.max_connections_per_address,
+            ),
+            app.state.metrics.http,
+        )
         super().__init__(
             uvicorn.Config(
                 app,
+                http=partial(ClientConnection, watch=self._watch),  # type: ignore[arg-type]  # it calls it, no more
+                ws="none",
+                proxy_headers=False,  # nothing here believes what X-Forwarded-* say
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_keep_alive=settings.keep_alive_seconds,
                 timeout_graceful_shutdown=round(settings.shutdown_grace_seconds - settings.tail_seconds / 2),
             )
         )
@@ -96,6 +120,12 @@ class Server(uvicorn.Server):
             self._lifespan.drain()
             self.should_exit = True
 
+    async def on_tick(self, counter: int) -> bool:
+        """Look at every connection once a second; uvicorn calls this ten times a second."""
+        if counter % TICKS_PER_SWEEP == 0:
+            self._watch.sweep()
+        return await super().on_tick(counter)
+
     def _fail(self, message: str) -> None:
         self.start_failure = message
         self.should_exit = True
@@ -108,56 +138,37 @@ def _check_artifacts(settings: Settings) -> None:
             read_manifest(artifact)
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _connections_that_fit(wanted: int) -> int:
+    """Raise the process's limit of open files for so many connections, as far as it may; return how many then fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + OWN_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    fitting = max(LEAST_CONNECTIONS, soft - OWN_DESCRIPTORS)
+    logger.warning("only %d files may be open, so at most %d connections are taken (ulimit -n)", soft, fitting)
+    return fitting
+
+
+def _listen(host: str, port: int) -> socket.socket:
     """Take the port.
 
     Raises:
         OSError: it is taken, or the address is not ours; the message is one sentence.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.port))
+        listener.bind((host, port))
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         reason = os.strerror(error.errno).lower() if error.errno else str(error)
-        raise OSError(f"cannot listen on {settings.host} port {settings.port}: {reason}") from None
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from None
     return listener
-
-
-def _keys(arguments: list[str]) -> None:
-    """Add, list or remove API keys."""
-    options = _keys_parser().parse_args(arguments)
-    try:
-        match options.command:
-            case "add":
-                print(add_key(options.file, options.id, frozenset(options.scope)))
-                print("This key is shown once; only its hash is kept.", file=sys.stderr)
-            case "list":
-                for key in read_keys(options.file):
-                    print(key.id, ",".join(sorted(scope.value for scope in key.scopes)), sep="\t")
-            case "remove":
-                remove_key(options.file, options.id)
-    except (ValueError, OSError) as error:
-        _refuse(str(error))
-
-
-def _keys_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="onebit-serve keys", description="Keep the file of API keys.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("add", "Make a key and print it."), ("list", "Show ids."), ("remove", "Revoke a key.")):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--file", type=Path, required=True, help="The key file.")
-        if name != "list":
-            command.add_argument("--id", required=True, help="Whose key it is; shown in logs.")
-        if name == "add":
-            scopes = [scope.value for scope in Scope]
-            command.add_argument(
-                "--scope", type=Scope, action="append", required=True, help=f"One of {', '.join(scopes)}; repeatable."
-            )
-    return parser
 
 
 def _refuse(message: str) -> NoReturn:

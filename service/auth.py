@@ -4,6 +4,11 @@ The key file holds SHA-256 digests, never keys:
 
     {"keys": [{"id": "alice", "sha256": "<64 hex digits>", "scopes": ["inference", "admin"]}]}
 
+A row may also have `expires` (a time in UTC, from which on the key is refused), `requests_per_minute` and
+`tokens_per_minute` (service.rate_limits), and `min_priority`, the lowest priority its requests may ask for. An id may
+stand in several rows if all but one expire: that is how a key is rotated. The new one works at once, the old one until
+its time, and both are one caller with one rate.
+
 Keys are random and long, so a plain digest is enough: there is nothing to guess. A presented key is hashed and compared
 with every stored digest in constant time, without leaving at the first match, so neither the time nor the answer tells
 how near a guess was. The file is read again when it changes; a broken new version is reported and the last good one
@@ -21,12 +26,15 @@ import logging
 import os
 import secrets
 import tempfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from service.errors import Forbidden, Unauthorized
+from service.rate_limits import Rates
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +42,9 @@ KEY_PREFIX = "ob-"
 KEY_BYTES = 32
 MAX_KEY_CHARACTERS = 512
 MAX_FILE_BYTES = 1 << 20
+NO_RATES = Rates()
+RATE_NAMES = ("requests_per_minute", "tokens_per_minute")
+ROW_NAMES = frozenset({"id", "sha256", "scopes", "expires", "min_priority", *RATE_NAMES})
 
 
 class Scope(StrEnum):
@@ -45,10 +56,19 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """An authenticated key; `id` may be logged, the key itself is known to nobody."""
+    """An authenticated key; `id` may be logged, the key itself is known to nobody.
+
+    Attributes:
+        id: whose key it is.
+        scopes: what it may do.
+        rates: its own limits.
+        min_priority: the lowest, and so most urgent, priority its requests may have; None for any.
+    """
 
     id: str
     scopes: frozenset[Scope]
+    rates: Rates = NO_RATES
+    min_priority: int | None = 0
 
     def require(self, scope: Scope) -> None:
         """Refuse the caller if the key lacks a scope.
@@ -60,7 +80,7 @@ class Caller:
             raise Forbidden(f"this key may not do that; it lacks the scope {scope.value!r}")
 
 
-ANONYMOUS = Caller(id="anonymous", scopes=frozenset(Scope))
+ANONYMOUS = Caller(id="anonymous", scopes=frozenset(Scope), min_priority=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +90,26 @@ class StoredKey:
     id: str
     digest: bytes
     scopes: frozenset[Scope]
+    expires: datetime | None = None
+    rates: Rates = NO_RATES
+    min_priority: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as it is written."""
-        scopes = sorted(scope.value for scope in self.scopes)
-        return {"id": self.id, "sha256": self.digest.hex(), "scopes": scopes}
+        row: dict[str, Any] = {"id": self.id, "sha256": self.digest.hex()}
+        row["scopes"] = sorted(scope.value for scope in self.scopes)
+        if self.expires is not None:
+            row["expires"] = self.expires.isoformat()
+        for name in RATE_NAMES:
+            if getattr(self.rates, name) is not None:
+                row[name] = getattr(self.rates, name)
+        if self.min_priority:
+            row["min_priority"] = self.min_priority
+        return row
+
+    def is_expired(self, now: datetime) -> bool:
+        """Whether its time is over."""
+        return self.expires is not None and self.expires <= now
 
 
 class KeyRing:
@@ -113,7 +148,9 @@ class KeyRing:
                 found = key
         if found is None:
             raise Unauthorized("this API key is not known here")
-        return Caller(id=found.id, scopes=found.scopes)
+        if found.is_expired(datetime.now(UTC)):
+            raise Unauthorized("this API key has expired")
+        return Caller(id=found.id, scopes=found.scopes, rates=found.rates, min_priority=found.min_priority)
 
     def _follow_file(self, path: Path) -> None:
         """Read the file again if it is not the one in force."""
@@ -147,13 +184,31 @@ def read_keys(path: Path) -> tuple[StoredKey, ...]:
         raise ValueError(
             f'key file {path} is not of the form {{"keys": [{{"id", "sha256", "scopes"}}]}}: {error}'
         ) from None
-    if len({key.id for key in keys}) != len(keys):
-        raise ValueError(f"key file {path} names an id twice")
+    lasting = Counter(key.id for key in keys if key.expires is None)
+    doubled = [key_id for key_id, count in lasting.items() if count > 1]
+    if doubled:
+        raise ValueError(f"key file {path} has two keys of id {doubled[0]!r} that do not expire")
     return keys
 
 
-def add_key(path: Path, key_id: str, scopes: frozenset[Scope]) -> str:
+def add_key(
+    path: Path,
+    key_id: str,
+    scopes: frozenset[Scope],
+    *,
+    expires: datetime | None = None,
+    rates: Rates = NO_RATES,
+    min_priority: int = 0,
+) -> str:
     """Make a key, write its digest into the file, and return the key: the only time anybody sees it.
+
+    Args:
+        path: of the key file; it is made if there is none.
+        key_id: whose key it is.
+        scopes: what it may do.
+        expires: when it ends; None for never.
+        rates: its own limits.
+        min_priority: the lowest priority its requests may ask for.
 
     Raises:
         ValueError: the id is empty or taken, no scope was given, or the file is not a key file.
@@ -162,9 +217,35 @@ def add_key(path: Path, key_id: str, scopes: frozenset[Scope]) -> str:
     if not key_id or not scopes:
         raise ValueError("a key needs an id and at least one scope")
     if any(key.id == key_id for key in keys):
-        raise ValueError(f"key id {key_id!r} is taken; remove it first")
-    key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
-    _write_keys(path, (*keys, StoredKey(id=key_id, digest=_digest(key), scopes=scopes)))
+        raise ValueError(f"key id {key_id!r} is taken; rotate it, or remove it first")
+    key = _new_key()
+    made = StoredKey(
+        id=key_id, digest=_digest(key), scopes=scopes, expires=expires, rates=rates, min_priority=min_priority
+    )
+    _write_keys(path, (*keys, made))
+    return key
+
+
+def rotate_key(path: Path, key_id: str, overlap: timedelta) -> str:
+    """Make another key for an id, with the same rights, and let those it has end after `overlap`; returns the new one.
+
+    Rows whose time is over are dropped.
+
+    Raises:
+        ValueError: there is no such id, or the file is not a key file.
+    """
+    keys, now = read_keys(path), datetime.now(UTC)
+    old = [key for key in keys if key.id == key_id]
+    if not old:
+        raise ValueError(_unknown_id(path, key_id, keys))
+    end = (now + overlap).replace(microsecond=0)
+    key = _new_key()
+    ending = [
+        replace(stored, expires=min(end, stored.expires or end)) if stored.id == key_id else stored
+        for stored in keys
+        if not stored.is_expired(now)
+    ]
+    _write_keys(path, (*ending, replace(old[-1], digest=_digest(key), expires=None)))
     return key
 
 
@@ -177,8 +258,17 @@ def remove_key(path: Path, key_id: str) -> None:
     keys = read_keys(path)
     kept = tuple(key for key in keys if key.id != key_id)
     if len(kept) == len(keys):
-        raise ValueError(f"no key with id {key_id!r} in {path}; known: {', '.join(key.id for key in keys) or 'none'}")
+        raise ValueError(_unknown_id(path, key_id, keys))
     _write_keys(path, kept)
+
+
+def _unknown_id(path: Path, key_id: str, keys: tuple[StoredKey, ...]) -> str:
+    known = ", ".join(dict.fromkeys(key.id for key in keys)) or "none"
+    return f"no key with id {key_id!r} in {path}; known: {known}"
+
+
+def _new_key() -> str:
+    return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
 def _stored_key(row: dict[str, Any]) -> StoredKey:
@@ -186,15 +276,39 @@ def _stored_key(row: dict[str, Any]) -> StoredKey:
     digest = bytes.fromhex(row["sha256"])
     if len(digest) != hashlib.sha256().digest_size or not isinstance(row["id"], str) or not row["id"]:
         raise ValueError("every key needs an id and a sha256 of 64 hex digits")
-    return StoredKey(id=row["id"], digest=digest, scopes=frozenset(Scope(scope) for scope in row["scopes"]))
+    unknown = sorted(set(row) - ROW_NAMES)
+    if unknown:
+        raise ValueError(f"a key has no {unknown[0]!r}; known: {', '.join(sorted(ROW_NAMES))}")
+    rates = {name: row[name] for name in RATE_NAMES if row.get(name) is not None}
+    if any(type(number) is not int or number < 1 for number in rates.values()):
+        raise ValueError("requests_per_minute and tokens_per_minute are whole numbers from 1")
+    min_priority = row.get("min_priority", 0)
+    if type(min_priority) is not int:
+        raise ValueError("min_priority is a whole number")
+    return StoredKey(
+        id=row["id"],
+        digest=digest,
+        scopes=frozenset(Scope(scope) for scope in row["scopes"]),
+        expires=_time(row["expires"]) if row.get("expires") is not None else None,
+        rates=Rates(**rates),
+        min_priority=min_priority,
+    )
+
+
+def _time(text: str) -> datetime:
+    """Read a time; one without a zone is UTC."""
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
 def _write_keys(path: Path, keys: tuple[StoredKey, ...]) -> None:
-    """Replace the file at once, readable by its owner only; a reader never sees half of it."""
+    """Replace the file at once, so that a reader never sees half of it; a new one is readable by its owner only."""
     text = json.dumps({"keys": [key.to_dict() for key in keys]}, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        if path.exists():
+            os.fchmod(descriptor, path.stat().st_mode & 0o777)  # who may read it was somebody's decision
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -8,6 +8,7 @@ tells the request id and nothing else; the log has the rest.
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ DESCRIPTIONS: Mapping[int, str] = {
     405: "The path has no such method.",
     409: "It exists already, or is in a state that does not allow this.",
     413: "The body is over the limit.",
-    429: "The queue is full; Retry-After says when to try again.",
+    429: "The queue is full, or the key over its rate; Retry-After says when to try again.",
     500: "A fault of the server.",
     503: "The engine is loading, restarting or shutting down; Retry-After says when to try again.",
 }
@@ -110,7 +111,7 @@ async def answer_service_error(_request: Request, error: Exception) -> Response:
     row = response_for(error)
     headers: dict[str, str] = {}
     if error.retry_after_seconds is not None:
-        headers["retry_after"] = str(max(1, round(error.retry_after_seconds)))
+        headers["retry_after"] = str(max(1, math.ceil(error.retry_after_seconds)))
     elif row.status >= 500 or row.status == 409:
         headers["x_should_retry"] = "false"  # OpenAI's client would otherwise repeat what cannot succeed
     if row.status == 401:

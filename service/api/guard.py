@@ -13,8 +13,10 @@ from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
+from service.api.audit import audited
 from service.auth import Caller, KeyRing, Scope
 from service.errors import Forbidden
+from service.rate_limits import RateLimits
 from service.settings import is_loopback
 
 BEARER = HTTPBearer(auto_error=False, description="An API key made with `onebit-serve keys add`.")
@@ -33,13 +35,28 @@ class StrictJsonRequest(Request):
             HTTPException: it is not JSON; status 400.
         """
         try:
-            return json.loads((await self.body()).decode("utf-8"), parse_constant=_refuse_constant)
+            text = (await self.body()).decode("utf-8")
+            self.state.sent = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_doubles)
+        except DoubledName:
+            raise HTTPException(400, "the body has an object that names a member twice") from None
         except (ValueError, RecursionError):
             raise HTTPException(400, "the body is not valid JSON (NaN and Infinity are not JSON)") from None
+        return self.state.sent
+
+
+class DoubledName(ValueError):
+    """An object names a member twice; readers differ on which one counts, so a proxy may have checked the other."""
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(name)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise DoubledName
+    return made
 
 
 class GuardedRoute(APIRoute):
@@ -52,22 +69,55 @@ class GuardedRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            request.state.caller = admit(request, self.needed)
+            self.check_port(request)
+            request.state.caller = caller = admit(request, self.needed)
+            self.charge(request, caller)
             return await handle(StrictJsonRequest(request.scope, request.receive))
 
         return guarded
 
+    def check_port(self, request: Request) -> None:
+        """Refuse a request that came in by a port where this route is not."""
+
+    def charge(self, request: Request, caller: Caller) -> None:
+        """Charge the caller for the request."""
+
 
 class InferenceRoute(GuardedRoute):
-    """For callers who generate text."""
+    """For callers who generate text; each request counts against the key's rate."""
 
     needed = Scope.INFERENCE
 
+    def charge(self, request: Request, caller: Caller) -> None:
+        """Charge one request.
+
+        Raises:
+            RateLimited: the key has sent its requests of this minute.
+        """
+        limits: RateLimits = request.app.state.rate_limits
+        request.state.allowance = allowance = limits.of(caller.id, caller.rates)
+        if allowance is not None:
+            allowance.take_request()
+
 
 class AdminRoute(GuardedRoute):
-    """For operators."""
+    """For operators; what they do is written down. Where they have a port of their own, there alone."""
 
     needed = Scope.ADMIN
+
+    def check_port(self, request: Request) -> None:
+        """Compare the port of the socket that took the connection, which no header can change.
+
+        Raises:
+            HTTPException: it is another; status 404, as for any path that is not there.
+        """
+        admin_port = request.app.state.admin_port
+        if admin_port is not None and (request.scope.get("server") or (None, None))[1] != admin_port:
+            raise HTTPException(404)
+
+    def get_route_handler(self) -> Handler:
+        """Wrap the check and the route's handler in the audit log."""
+        return audited(super().get_route_handler())
 
 
 def admit(request: Request, scope: Scope) -> Caller:
@@ -80,7 +130,7 @@ def admit(request: Request, scope: Scope) -> Caller:
     keys: KeyRing = request.app.state.keys
     if keys.is_open and not is_loopback(_host(request)):
         raise Forbidden("without API keys the server only answers requests addressed to localhost or 127.0.0.1")
-    caller = keys.authenticate(_bearer(request))
+    caller = request.state.caller = keys.authenticate(_bearer(request))
     caller.require(scope)
     return caller
 

@@ -16,8 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import FRAMEWORK_CODES, error_body
+from service.auth import KEY_PREFIX
+from service.http_metrics import HttpMetrics
 from service.log import request_id_of_context
-from service.metrics import HttpMetrics
 
 access_log = logging.getLogger("service.access")
 
@@ -31,7 +32,8 @@ QUIET_ROUTES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"
 class RequestContext:
     """Gives each request an id, and records how it ended.
 
-    A caller's x-request-id is kept only if it is short and harmless; otherwise one is made. The answer carries it.
+    A caller's x-request-id is kept only if it is short and harmless, and no key in the wrong place; otherwise one is
+    made. The answer carries it.
     """
 
     def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
@@ -51,7 +53,11 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                allowance = scope["state"].get("allowance")
+                if allowance is not None:
+                    headers.update(allowance.headers())
             await send(message)
 
         token = request_id_of_context.set(request_id)
@@ -78,11 +84,15 @@ class RequestContext:
 
 
 def _request_id(offered: str | None) -> str:
-    return offered if offered and REQUEST_ID.fullmatch(offered) else uuid.uuid4().hex
+    is_harmless = offered and REQUEST_ID.fullmatch(offered) and not offered.startswith(KEY_PREFIX)
+    return offered if offered and is_harmless else uuid.uuid4().hex
 
 
 class BodyLimit:
-    """Refuses a body over the limit: at once when its length is announced, else at the byte that is too many."""
+    """Refuses a body over the limit: at once when its length is announced, else at the byte that is too many.
+
+    And one that is compressed: a limit on what arrives says nothing about what comes out.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -94,7 +104,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         if _announced_length(scope) > self._max_body_bytes:
-            await self._refuse(send)
+            await self._refuse(send, 413, self._message())
+            return
+        if Headers(scope=scope).get("content-encoding", "identity").strip().lower() != "identity":
+            await self._refuse(send, 415, "compressed bodies are not taken; send the body without content-encoding")
             return
         received = 0
 
@@ -111,11 +124,11 @@ class BodyLimit:
     def _message(self) -> str:
         return f"the body is larger than {self._max_body_bytes} bytes"
 
-    async def _refuse(self, send: Send) -> None:
-        """Answer without reading; the connection is closed, because the rest of the body is still to come."""
-        body = error_body(self._message(), "invalid_request_error", param=None, code=FRAMEWORK_CODES[413])
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
+    async def _refuse(self, send: Send, status: int, message: str) -> None:
+        """Answer without reading; what still comes is dropped (service.api.connections)."""
+        body = error_body(message, "invalid_request_error", param=None, code=FRAMEWORK_CODES[status])
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(body).encode()})
 
 

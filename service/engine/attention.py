@@ -21,7 +21,7 @@ Legend: T tokens of the step, H query heads, K key heads, G = H / K, D head size
 """
 
 import functools
-import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +147,8 @@ def _decode(query_BHD: Tensor, group: DecodeGroup, cache: AnyKVCache, layer: int
 
 def reads_pages(device: torch.device, cache: AnyKVCache, *, has_sinks: bool) -> bool:
     """Whether a kernel reads the cache's pages where they lie: on a GPU with Triton, and under its interpreter."""
-    runs_kernels = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    triton = sys.modules.get("triton")  # who runs its interpreter has imported it; nobody else on a CPU should
+    runs_kernels = device.type == "cuda" or (triton is not None and triton.knobs.runtime.interpret)
     return runs_kernels and isinstance(cache, KVCache) and not has_sinks and _page_reader() is not None
 
 

@@ -9,11 +9,13 @@ raises EngineDead, and a new process is started: at once the first time, then af
 server runs. A request that comes while it starts is refused with EngineDead and a hint when to come back.
 
 Admission is decided here, without asking the engine: the client knows how many requests are open, and refuses one more
-than max_num_sequences + max_queued_requests with EngineBusy.
+than max_num_sequences + max_queued_requests with EngineBusy. But a caller who has more of them open than the newcomer's
+gives one back, the youngest that has not begun: so nobody can keep others out by filling the queue.
 """
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
@@ -106,14 +108,29 @@ class EngineClient:
             raise EngineDead("the engine is being restarted; try again in a moment", retry_after_seconds=2)
         check_request(request, self.info, open_ids=self._streams.keys())
         limit = self.config.max_num_sequences + self.config.max_queued_requests
-        if len(self._streams) >= limit:
+        if len(self._streams) >= limit and not self._make_room(request.caller):
             raise EngineBusy(
                 f"the engine has {limit} open requests, which is its limit; try again later", retry_after_seconds=1
             )
-        stream = TokenStream(request.request_id, on_leave=self._leave)
+        stream = TokenStream(request.request_id, request.caller, on_leave=self._leave)
         self._streams[request.request_id] = stream
         self._link.send(Submit(request=request))
         return stream
+
+    def _make_room(self, caller: str) -> bool:
+        """End the youngest waiting request of who has most open, if that is more than `caller` will have."""
+        num_open = Counter(stream.caller for stream in self._streams.values())
+        greedy, most = num_open.most_common(1)[0]
+        if most <= num_open[caller] + 1:
+            return False
+        for stream in reversed(self._streams.values()):
+            if stream.caller == greedy and not stream.has_begun:
+                stream.fail(
+                    EngineBusy("the engine's queue is full, and others wait for their turn", retry_after_seconds=1)
+                )
+                self._leave(stream.request_id)
+                return True
+        return False
 
     async def abort(self, request_id: str) -> None:
         """End a request, if it is open; its stream ends with an ABORT event."""

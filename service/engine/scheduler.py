@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase (the idea is vLLM v1's): every sequence has tokens that are not computed
 yet (a whole prompt, or the one token just drawn), and a step hands out a budget of max_batched_tokens:
 
-    everybody, running or waiting, in one order of rank: lowest priority number first, then first come
+    everybody, running or waiting, in one order of rank: lowest priority number first, then whose turn it is among the
+    callers (`fair_queue`), then first come
        v
     running   at least one token each; what the budget has left goes in order of rank, to each as much as it lacks.
               One that needs a page when none is free takes it from the running sequence of the last rank, which goes
@@ -25,14 +26,16 @@ budget reads prompts in fewer steps, a smaller one makes running sequences wait 
 **Nobody starves within a priority.** Every running sequence progresses in each step in which it is not preempted, and
 the one of the first rank never is, because one sequence of max_model_len fits the pool alone (`capacity` refuses to
 start otherwise). So somebody always progresses, sequences are finite, and whoever runs leaves in the end. The first of
-the queue is overtaken by nobody of its priority, so at the latest it is admitted when it is alone. A higher number of
-priority means what it says: such a sequence waits for as long as lower ones fill the engine.
+the queue is overtaken by nobody of its priority but other callers whose turn comes before its own, each finitely often,
+so at the latest it is admitted when it is alone. A higher number of priority means what it says: such a sequence waits
+for as long as lower ones fill the engine.
 """
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from operator import attrgetter
 
+from service.engine.fair_queue import FairQueue
 from service.engine.page_allocator import PageAllocator
 from service.engine.prefix_cache import extend_keys
 from service.engine.sequence import Sequence
@@ -78,6 +81,7 @@ class Scheduler:
         self._max_running = min(max_num_sequences, max_batched_tokens)
         self._prefix_caching = prefix_caching
         self._num_arrived = 0
+        self._turns = FairQueue()
         self._waiting: list[Sequence] = []  # both in order of rank
         self._running: list[Sequence] = []
 
@@ -99,7 +103,9 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         self._num_arrived += 1
-        sequence.rank = (sequence.request.priority, self._num_arrived)
+        request = sequence.request
+        start = self._turns.enter(request.caller, len(request.prompt_token_ids) + request.sampling.max_tokens)
+        sequence.rank = (request.priority, start, self._num_arrived)
         insort(self._waiting, sequence, key=_RANK)
 
     def schedule(self) -> list[Chunk]:
@@ -146,6 +152,7 @@ class Scheduler:
         if not (_remove(self._running, sequence) or _remove(self._waiting, sequence)):
             raise ValueError(f"sequence {sequence.request_id!r} is not in the scheduler")
         self._release(sequence)
+        self._turns.leave(sequence.request.caller)
 
     def check_integrity(self) -> None:
         """Check that the pool is whole and that exactly the running sequences hold pages.
@@ -179,6 +186,7 @@ class Scheduler:
             self.prefix_cache_queries += sequence.num_prompt_tokens
             self.prefix_cache_hits += sequence.num_cached_tokens
         self._running.insert(position, self._waiting.pop(0))
+        self._turns.admit(sequence.rank[1])
         return True
 
     def _may_share(self, sequence: Sequence) -> bool:

@@ -28,7 +28,7 @@ class Sequence:
         page_keys: what its full pages are known by in the prefix cache, as far as that was asked for yet.
         num_cached_tokens: prompt tokens that the prefix cache held when the sequence was first admitted.
         num_preemptions: how often it gave its pages back.
-        rank: priority and number of arrival; the scheduler serves the lowest first.
+        rank: priority, start in the fair queue, and number of arrival; the scheduler serves the lowest first.
         prompt_scores: log probabilities of the prompt's tokens from the second on, as far as they are computed; only if
             they were asked for.
         embedding: of the prompt, once it is computed and if it was asked for; see TokenEvent.
@@ -44,7 +44,7 @@ class Sequence:
     page_keys: list[PageKey] = field(default_factory=list)
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    rank: tuple[int, int] = (0, 0)
+    rank: tuple[int, int, int] = (0, 0, 0)
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     embedding: bytes | None = None
     arrived: float = field(default_factory=monotonic)

@@ -10,7 +10,7 @@ import asyncio
 import base64
 from array import array
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from functools import partial
 from typing import Annotated, Literal
 from uuid import uuid4
@@ -19,7 +19,7 @@ from fastapi import APIRouter, Request, Security
 from pydantic import BaseModel, Field, PlainValidator
 from starlette.responses import JSONResponse, Response
 
-from service.api.dependencies import RegistryDep
+from service.api.dependencies import RegistryDep, allowance_of, caller_of
 from service.api.errors import declared_errors
 from service.api.guard import BEARER, InferenceRoute
 from service.api.openai.choices import run_choices
@@ -122,7 +122,10 @@ async def create_embeddings(body: EmbeddingsBody, request: Request, registry: Re
     with registry.lease(body.model) as model:
         _check_dimensions(body.dimensions, model.engine.info.embedding_size)
         inputs = await model.in_tokenizer_thread(partial(_encode_all, body.input, model))
-        vectors = await unless_disconnected(request, _embed_all(model, inputs))
+        num_tokens = sum(map(len, inputs))
+        allowance = allowance_of(request)
+        with allowance.spend_tokens(num_tokens, lambda: num_tokens) if allowance is not None else nullcontext():
+            vectors = await unless_disconnected(request, _embed_all(model, inputs, caller_of(request).id))
         if vectors is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         is_base64 = body.encoding_format == "base64"
@@ -160,7 +163,7 @@ def _encode(given: Input, model: ServedModel) -> TokenIds:
     return token_ids
 
 
-async def _embed_all(model: ServedModel, inputs: list[TokenIds]) -> list[bytes]:
+async def _embed_all(model: ServedModel, inputs: list[TokenIds], caller: str) -> list[bytes]:
     """Compute the vectors of all inputs, some at a time."""
     call_id = f"embd-{uuid4().hex}"
     vectors: list[bytes] = []
@@ -171,6 +174,7 @@ async def _embed_all(model: ServedModel, inputs: list[TokenIds]) -> list[bytes]:
                 prompt_token_ids=token_ids,
                 sampling=SamplingParams(max_tokens=0, temperature=0.0),
                 embed=True,
+                caller=caller,
             )
             for place, token_ids in enumerate(inputs[first : first + AT_ONCE])
         ]

@@ -6,7 +6,7 @@ for each prompt, of which n become choices.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from service.api.openai.conversation import NamedTool
@@ -14,8 +14,9 @@ from service.api.openai.formats import forced_calls, grammar_of, shown_tools
 from service.api.openai.prompts import Prompt, TokenIds, check_token_ids, encode, encode_chat, prompts_of
 from service.api.openai.requests import INT64, ChatBody, CompletionBody, SamplingBody
 from service.api.openai.tools import CallReader, ForcedCalls, TaggedCalls
+from service.auth import Caller
 from service.engine.types import GenerationRequest, Grammar, SamplingParams
-from service.errors import BadRequest, ContextTooLong
+from service.errors import BadRequest, ContextTooLong, Forbidden
 from service.registry.served import ServedModel
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -63,6 +64,26 @@ class Plan:
     draws: int
     n: int
     view: View
+
+    @property
+    def most_tokens(self) -> int:
+        """What it costs at most: each prompt once, and all that may be generated."""
+        prompts = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return prompts + sum(request.sampling.max_tokens for request in self.requests)
+
+    def on_behalf_of(self, caller: Caller) -> "Plan":
+        """Return the plan with its requests in the caller's name.
+
+        Raises:
+            Forbidden: they would overtake more than the key may.
+        """
+        priority = self.requests[0].priority
+        if caller.min_priority is not None and priority < caller.min_priority:
+            raise Forbidden(
+                f"this key may not ask for a priority below {caller.min_priority}, and {priority} was asked for",
+                param="priority",
+            )
+        return replace(self, requests=tuple(replace(request, caller=caller.id) for request in self.requests))
 
 
 def plan_completion(body: CompletionBody, max_choices: int, model: ServedModel, request_id: str) -> Plan:

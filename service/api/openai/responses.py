@@ -132,6 +132,11 @@ class Answer:
         self._identity = {"created": self.created, "model": self.model.name, "system_fingerprint": fingerprint}
         self._draws = [self._progress(index) for index in range(len(self.plan.requests))]
 
+    @property
+    def num_tokens(self) -> int:
+        """What it has cost so far; nothing until a first event came."""
+        return self._usage()["total_tokens"] if any(draw.num_generated for draw in self._draws) else 0
+
     async def whole(self, events: AsyncIterator[ChoiceEvent]) -> Json:
         """Collect every event into one answer."""
         async for item in events:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Security
 from starlette.responses import JSONResponse, Response
 
-from service.api.dependencies import RegistryDep, SettingsDep
+from service.api.dependencies import RegistryDep, SettingsDep, allowance_of, caller_of
 from service.api.errors import declared_errors
 from service.api.guard import BEARER, InferenceRoute
 from service.api.openai.answers import ChatCompletion, ChatCompletionChunk, Completion, ModelCard, ModelList
@@ -60,19 +60,26 @@ async def create_chat_completion(
 
 @router.get("/models", response_model=ModelList)
 async def list_models(registry: RegistryDep) -> ModelList:
-    """List the served models."""
-    return ModelList(data=[_card(model) for model in registry.models()])
+    """List the served models, then their aliases."""
+    models = registry.models()
+    cards = [_card(model, model.name) for model in models]
+    return ModelList(
+        data=cards + [_card(model, alias) for model in models for alias in registry.aliases.of(model.name)]
+    )
 
 
 @router.get("/models/{name:path}", response_model=ModelCard)
 async def read_model(name: str, registry: RegistryDep) -> ModelCard:
     """Describe one served model."""
-    return _card(registry.get(name))
+    return _card(registry.get(name), name)
 
 
-def _card(model: ServedModel) -> ModelCard:
+def _card(model: ServedModel, name: str) -> ModelCard:
+    """Describe a model under one of its names."""
     return ModelCard(
-        id=model.name,
+        id=name,
+        root=model.name,
+        parent=model.name if name != model.name else None,
         created=model.created,
         max_model_len=model.engine.info.max_model_len,
         method=model.manifest.method,
@@ -90,8 +97,11 @@ async def _respond(
     answer_id = shape.id_prefix + uuid.uuid4().hex
     async with AsyncExitStack() as held:
         model = held.enter_context(registry.lease(body.model))
-        plan = await model.in_tokenizer_thread(partial(planner, model, answer_id))
+        caller, allowance = caller_of(request), allowance_of(request)
+        plan = (await model.in_tokenizer_thread(partial(planner, model, answer_id))).on_behalf_of(caller)
         answer = Answer(shape=shape, model=model, plan=plan, id=answer_id)
+        if allowance is not None:
+            held.enter_context(allowance.spend_tokens(plan.most_tokens, lambda: answer.num_tokens))
         events = await held.enter_async_context(aclosing(run_choices(model, plan.requests)))
         if not body.stream:
             whole = await unless_disconnected(request, answer.whole(events))

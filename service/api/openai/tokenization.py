@@ -85,7 +85,7 @@ async def _with_tokenizer(registry: ModelRegistry, name: str | None, work: Calla
         UnknownModel: there is no such model.
     """
     if name is None:
-        names = [slot.name for slot in registry.slots()]
+        names = registry.names()
         if len(names) != 1:
             raise BadRequest(f"name a model; this server has {', '.join(names) or 'none loaded'}", param="model")
         name = names[0]

@@ -2,11 +2,13 @@
 
 import json
 import os
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.auth import ANONYMOUS, Caller, KeyRing, Scope, add_key, read_keys, remove_key
+from service.auth import ANONYMOUS, Caller, KeyRing, Scope, add_key, read_keys, remove_key, rotate_key
 from service.errors import Forbidden, Unauthorized
+from service.rate_limits import Rates
 
 INFERENCE = frozenset({Scope.INFERENCE})
 
@@ -85,6 +87,11 @@ def test_without_a_file_everybody_is_anonymous():
         '{"keys": [{"id": "a", "sha256": "00", "scopes": []}]}',
         '{"keys": [{"id": "a", "sha256": "' + "0" * 64 + '", "scopes": ["root"]}]}',
         '{"keys": [{"id": "", "sha256": "' + "0" * 64 + '", "scopes": []}]}',
+        '{"keys": [{"id": "a", "sha256": "' + "0" * 64 + '", "scopes": [], "expire": "2030-01-01"}]}',
+        '{"keys": [{"id": "a", "sha256": "' + "0" * 64 + '", "scopes": [], "expires": "soon"}]}',
+        '{"keys": [{"id": "a", "sha256": "' + "0" * 64 + '", "scopes": [], "tokens_per_minute": 0}]}',
+        '{"keys": [{"id": "a", "sha256": "' + "0" * 64 + '", "scopes": [], "requests_per_minute": true}]}',
+        '{"keys": [{"id": "a", "sha256": "' + "0" * 64 + '", "scopes": [], "min_priority": "low"}]}',
     ],
 )
 def test_a_file_of_another_form_is_refused(tmp_path, content):
@@ -104,3 +111,45 @@ def test_an_id_is_taken_once(tmp_path):
     with pytest.raises(ValueError, match="known: alice"):
         remove_key(file, "bob")
     assert [key.id for key in read_keys(file)] == ["alice"]
+
+
+def test_a_rotated_key_overlaps_with_the_old_one(tmp_path):
+    """Both are one caller with the same rights; after the overlap only the new one is, and old rows are dropped."""
+    file = tmp_path / "keys.json"
+    first = add_key(file, "alice", INFERENCE, rates=Rates(requests_per_minute=7), min_priority=-3)
+    second = rotate_key(file, "alice", timedelta(hours=1))
+    ring = KeyRing(file)
+    assert ring.authenticate(first) == ring.authenticate(second)
+    assert ring.authenticate(second).rates.requests_per_minute == 7
+    assert ring.authenticate(second).min_priority == -3
+    third = rotate_key(file, "alice", timedelta(0))
+    assert ring.authenticate(third).id == "alice"
+    for old in (first, second):
+        with pytest.raises(Unauthorized, match="expired"):
+            ring.authenticate(old)
+    rotate_key(file, "alice", timedelta(hours=1))
+    assert len(read_keys(file)) == 2
+    with pytest.raises(ValueError, match="known: alice"):
+        rotate_key(file, "bob", timedelta(0))
+
+
+def test_two_lasting_keys_of_one_id_are_refused(tmp_path):
+    """One of them was forgotten."""
+    file = tmp_path / "keys.json"
+    add_key(file, "alice", INFERENCE)
+    rows = json.loads(file.read_text())["keys"]
+    file.write_text(json.dumps({"keys": rows * 2}))
+    with pytest.raises(ValueError, match="two keys of id 'alice'"):
+        read_keys(file)
+
+
+def test_a_key_ends_when_it_was_said_to(tmp_path):
+    """In UTC, where no zone is given."""
+    file = tmp_path / "keys.json"
+    key = add_key(file, "alice", INFERENCE, expires=datetime.now(UTC) + timedelta(hours=1))
+    assert KeyRing(file).authenticate(key).id == "alice"
+    rows = json.loads(file.read_text())["keys"]
+    rows[0]["expires"] = "2020-01-01"
+    file.write_text(json.dumps({"keys": rows}))
+    with pytest.raises(Unauthorized, match="expired"):
+        KeyRing(file).authenticate(key)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, is_loopback, read_settings, settings_page
+from service.settings import Settings, is_loopback, read_settings
+from service.settings_page import settings_page
 
 PAGE = Path(__file__).parents[3] / "docs" / "settings.md"
 
