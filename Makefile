@@ -7,7 +7,7 @@ TORCH  ?= $(shell grep '^torch==' .ci/constraints.txt)
 # Spinning OpenMP threads starve each other on small or busy machines.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install tools lint format test soak demo bench bench-kernels bench-decode bench-serving docs quality clean
+.PHONY: install tools lock lint format test test-deploy soak demo bench bench-kernels bench-decode bench-serving docs quality clean
 
 # The environment: torch first, then the package with everything, pinned by the constraints file; and the C library of the
 # CPU kernels again whenever its sources change.
@@ -29,6 +29,11 @@ $(BIN)/.library: setup.py $(wildcard onebit_core/kernels/cpu/src/*.[ch]) | $(BIN
 tools: install
 	.ci/tools
 
+# The locks of the images, after a change of .ci/constraints.txt; TORCH_INDEX_URL names where torch's CPU builds are.
+lock: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt uv
+	.ci/lock
+
 # Formatting, style, strict types, and who may import whom.
 lint: install
 	$(BIN)/ruff format --check .
@@ -44,6 +49,14 @@ format: install
 # Everything that must be true, on a CPU, without a network, in two processes. ARGS goes to pytest.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# The images built, the compose file and the chart's pods started, Prometheus asked: half an hour at first, minutes later. For a
+# Debian machine, as root, with the package registries; TORCH_INDEX_URL as for docker/Dockerfile, where pip needs it.
+test-deploy: install
+	.ci/tools
+	.ci/tools-deploy
+	$(BIN)/python -m pytest --deploy --timeout=7200 tests/deploy tests/project/test_docker.py tests/project/test_compose.py \
+	    tests/project/test_helm.py tests/project/test_helm_refusals.py $(ARGS)
 
 # Endurance, an hour or two: tests marked `soak` at full length, and those that run only here. What they found is in
 # build/soak. lm-eval comes into the environment; guidellm has one of its own, for it wants other versions of our libraries.
@@ -83,6 +96,8 @@ bench: quality bench-kernels bench-decode bench-serving
 docs: install
 	$(BIN)/python -m service.settings > docs/settings.md
 	$(BIN)/python -m benchmarks.cli_reference > docs/cli.md
+	$(BIN)/python -m benchmarks.api_reference > docs/api-reference.md
+	$(BIN)/python -m benchmarks.sizing > docs/sizing.md
 	$(BIN)/python -m benchmarks.quality_table
 
 clean:

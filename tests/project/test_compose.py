@@ -1,20 +1,25 @@
-"""The compose file, the alerts and the dashboard speak of the server as it is.
+"""The compose file, the alerts and the dashboards speak of the server as it is.
 
-Nothing here needs a container engine. What needs promtool is skipped where it is missing (docs/operations.md, "Tools").
+Nothing here needs a container engine; `make test-deploy` starts the file. What needs promtool is skipped where it is
+missing (docs/operations.md, "Tools").
 """
 
+import importlib.util
 import json
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
+from service.auth import KeyRing, Scope
 from service.metrics import Metrics
 from service.settings import ENVIRONMENT_PREFIX, Settings, read_settings
 from tests.support.external_tools import find_tool
@@ -22,17 +27,18 @@ from tests.support.external_tools import find_tool
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker" / "compose.yaml"
 PROMETHEUS = ROOT / "docker" / "prometheus"
-DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "onebit.json"
+DASHBOARDS = sorted((ROOT / "docker" / "grafana" / "dashboards").glob("*.json"))
 
 SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())["services"]
 SERVERS = ("server", "server-gpu")
+PROJECT = ("first-start", "first-start-gpu", "database-secrets", "worker", *SERVERS)
 TARGET_LABELS = {"instance", "job", "le"}
 """Labels that Prometheus adds to every series, or that a histogram's buckets carry."""
 
 
 def substitute(text: str) -> str:
-    """Fill in `${NAME:-default}` as compose does when NAME is not set."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+    """Fill in `${NAME:-default}` and `${NAME-default}` as compose does when NAME is not set."""
+    return re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", text)
 
 
 def check_with_promtool(*arguments: str) -> None:
@@ -63,10 +69,13 @@ def test_every_setting_named_in_packaging_exists(path: str) -> None:
 
 
 @pytest.mark.parametrize("service", SERVERS)
-def test_server_accepts_the_environment_that_compose_gives_it(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_accepts_the_environment_that_compose_gives_it(
+    service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The variables, taken together, are settings the server starts with: on all interfaces, with keys."""
+    (tmp_path / "url").touch()
     for name, value in SERVICES[service]["environment"].items():
-        monkeypatch.setenv(name, substitute(value))
+        monkeypatch.setenv(name, substitute(value).replace("/database-secrets", str(tmp_path)))
     settings = read_settings([])
     assert settings.host == "0.0.0.0"
     assert settings.keys_file is not None
@@ -74,12 +83,83 @@ def test_server_accepts_the_environment_that_compose_gives_it(service: str, monk
     assert settings.job_sources == [Path("/sources")]
 
 
-@pytest.mark.parametrize("service", SERVERS)
-def test_keys_file_is_the_mounted_secret(service: str) -> None:
-    """The server looks for its keys where compose mounts the secret."""
-    (secret,) = SERVICES[service]["secrets"]
-    assert SERVICES[service]["environment"]["ONEBIT_KEYS_FILE"] == f"/run/secrets/{secret}"
-    assert secret in yaml.safe_load(COMPOSE.read_text())["secrets"]
+def mounts(service: str) -> dict[str, str]:
+    """Where each volume of a service is mounted, and what stands behind that (`:ro`)."""
+    split = [re.match(r"(.*?):(/[^:]*)(:ro)?$", substitute(volume)) for volume in SERVICES[service].get("volumes", [])]
+    return {found[2]: found[1] + (found[3] or "") for found in split if found}
+
+
+def read_first_start() -> ModuleType:
+    """The script that runs before the server, as a module."""
+    specification = importlib.util.spec_from_file_location("first_start", ROOT / "docker" / "first_start.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("server", "first"), [("server", "first-start"), ("server-gpu", "first-start-gpu")])
+def test_first_start_makes_what_the_server_reads_and_the_key_stays_away_from_it(server: str, first: str) -> None:
+    """Keys and database URL are written where the server looks; the key itself is in no volume that it mounts."""
+    script = read_first_start()
+    environment = SERVICES[server]["environment"]
+    assert environment["ONEBIT_KEYS_FILE"] == str(script.KEYS)
+    assert environment["ONEBIT_JOBS_DATABASE_URL_FILE"] == str(script.DATABASE / "url")
+    for folder in (script.KEYS.parent, script.DATABASE):
+        assert mounts(server)[str(folder)] == mounts(first)[str(folder)] + ":ro"
+    assert str(script.FIRST_KEY.parent) in mounts(first)
+    holders = {name for name in SERVICES if any(source.startswith("first-key") for source in mounts(name).values())}
+    assert holders == {"first-start", "first-start-gpu"}
+    assert SERVICES[server]["depends_on"][first] == {"condition": "service_completed_successfully"}
+    assert substitute(SERVICES["server"]["environment"]["ONEBIT_ARTIFACTS"]) == str(script.DEMO)
+
+
+def test_no_secret_is_written_in_the_file_or_passed_in_a_variable() -> None:
+    """Passwords and keys are in files; variables only say where."""
+    for service in SERVICES.values():
+        for name, value in service.get("environment", {}).items():
+            if re.search("KEY|PASSWORD|DATABASE_URL", name):
+                assert name.endswith("_FILE")
+                assert value.startswith("/")
+
+
+def test_first_start_keeps_what_is_there_and_shows_no_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second start makes no second key or password, and neither start prints one."""
+    script = read_first_start()
+    script.KEYS, script.FIRST_KEY, script.DATABASE = tmp_path / "keys.json", tmp_path / "key", tmp_path / "database"
+    script.DATABASE.mkdir()
+    script.make_key()
+    script.choose_database()
+    assert (script.DATABASE / "url").read_text() == ""
+    script.make_database_secrets()
+    key, url = script.FIRST_KEY.read_text(), (script.DATABASE / "url").read_text()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    script.make_key()
+    script.choose_database()
+    script.make_database_secrets()
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert KeyRing(script.KEYS).authenticate(key).scopes == frozenset(Scope)
+    assert (script.DATABASE / "password").read_text() in url
+    printed = capsys.readouterr()
+    for secret in (key, (script.DATABASE / "password").read_text()):
+        assert secret not in printed.out + printed.err
+    assert stat.S_IMODE(script.FIRST_KEY.stat().st_mode) == 0o400
+
+
+def test_database_is_where_its_url_says_and_nowhere_else() -> None:
+    """The URL that is made names the database's service, user and database; only the project reaches its network."""
+    text = (ROOT / "docker" / "first_start.py").read_text()
+    environment = SERVICES["database"]["environment"]
+    assert f"postgresql://{environment['POSTGRES_USER']}:" in text
+    assert f"@database:5432/{environment['POSTGRES_DB']}" in text
+    assert SERVICES["database"]["networks"] == ["jobs"]
+    assert yaml.safe_load(COMPOSE.read_text())["networks"]["jobs"]["internal"] is True
+    assert "ports" not in SERVICES["database"]
+    reaching = {name for name, service in SERVICES.items() if "jobs" in service.get("networks", [])}
+    assert reaching == {"database", "worker", *SERVERS}
 
 
 @pytest.mark.parametrize("service", SERVERS)
@@ -99,6 +179,13 @@ def test_every_service_is_hardened(service: str) -> None:
     assert not definition["user"].startswith(("0", "root"))
 
 
+@pytest.mark.parametrize("service", PROJECT)
+def test_every_service_of_ours_can_be_built(service: str) -> None:
+    """No image is looked for in a registry that does not have it."""
+    assert SERVICES[service]["build"]["dockerfile"] == "docker/Dockerfile"
+    assert SERVICES[service]["image"].endswith("-" + SERVICES[service]["build"]["target"])
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_ports_are_published_on_loopback_only(service: str) -> None:
     """Nothing is reachable from another machine unless somebody puts a proxy in front."""
@@ -108,8 +195,8 @@ def test_ports_are_published_on_loopback_only(service: str) -> None:
 @pytest.mark.parametrize("service", SERVICES)
 def test_images_are_pinned_and_started_by_profile(service: str) -> None:
     """The same file starts the same versions tomorrow, and nothing that was not asked for."""
-    tag = SERVICES[service]["image"].rpartition(":")[2]
-    assert re.search(r"\d+\.\d+\.\d+", tag)
+    tag = substitute(SERVICES[service]["image"]).rpartition(":")[2]
+    assert re.search(r"\d+\.\d+", tag)
     assert SERVICES[service]["profiles"]
 
 
@@ -148,19 +235,20 @@ def alerts() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
-def panels() -> list[dict[str, Any]]:
-    return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+def panels(dashboard: Path) -> list[dict[str, Any]]:
+    return [panel for panel in json.loads(dashboard.read_text())["panels"] if panel["type"] != "row"]
 
 
 def expressions() -> Iterator[tuple[str, str]]:
     for rule in alerts():
         yield rule["alert"], rule["expr"]
-    for panel in panels():
-        for target in panel["targets"]:
-            yield panel["title"], target["expr"]
-    for variable in json.loads(DASHBOARD.read_text())["templating"]["list"]:
-        if variable["type"] == "query":
-            yield variable["name"], variable["definition"]
+    for dashboard in DASHBOARDS:
+        for panel in panels(dashboard):
+            for target in panel["targets"]:
+                yield panel["title"], target["expr"]
+        for variable in json.loads(dashboard.read_text())["templating"]["list"]:
+            if variable["type"] == "query":
+                yield variable["name"], variable["definition"]
 
 
 @pytest.mark.parametrize(("title", "expression"), list(expressions()))
@@ -204,18 +292,32 @@ def test_every_alert_says_what_to_do() -> None:
 def test_dashboard_queries_are_promql(tmp_path: Path) -> None:
     """Every panel's query parses, once Grafana's own variables are filled in."""
     rules = []
-    for number, panel in enumerate(panels()):
-        for target in panel["targets"]:
-            expression = target["expr"].replace("$__rate_interval", "1m").replace("$model", ".*")
-            rules.append({"record": f"panel:{number}:{target['refId']}", "expr": expression})
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    for dashboard in DASHBOARDS:
+        for number, panel in enumerate(panels(dashboard)):
+            for target in panel["targets"]:
+                expression = target["expr"].replace("$__rate_interval", "1m").replace("$model", ".*")
+                rules.append({"record": f"{dashboard.stem}:{number}:{target['refId']}", "expr": expression})
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboards", "rules": rules}]}))
     check_with_promtool("check", "rules", str(tmp_path / "rules.yml"))
 
 
-def test_dashboard_panels_do_not_overlap_and_take_their_data_from_the_chosen_source() -> None:
+def test_dashboards_are_the_three_that_are_promised_and_lead_to_each_other() -> None:
+    """Serving, accuracy, jobs: each with an address of its own, and links to the others by their tag."""
+    documents = {dashboard.stem: json.loads(dashboard.read_text()) for dashboard in DASHBOARDS}
+    assert set(documents) == {"serving", "accuracy", "jobs"}
+    for name, document in documents.items():
+        assert document["uid"] == f"onebit-{name}"
+        assert document["tags"] == ["onebit"]
+        assert document["links"][0]["tags"] == ["onebit"]
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert Path(home).name in {dashboard.name for dashboard in DASHBOARDS}
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
+def test_dashboard_panels_do_not_overlap_and_take_their_data_from_the_chosen_source(dashboard: Path) -> None:
     """Panels stand beside each other, each with an id of its own and a sentence that says what it shows."""
     cells: set[tuple[int, int]] = set()
-    for panel in panels():
+    for panel in panels(dashboard):
         place = panel["gridPos"]
         own = {
             (x, y)
@@ -227,5 +329,5 @@ def test_dashboard_panels_do_not_overlap_and_take_their_data_from_the_chosen_sou
         assert panel["datasource"]["uid"] == "${datasource}"
         assert panel["description"]
         cells |= own
-    identifiers = [panel["id"] for panel in json.loads(DASHBOARD.read_text())["panels"]]
+    identifiers = [panel["id"] for panel in json.loads(dashboard.read_text())["panels"]]
     assert len(set(identifiers)) == len(identifiers)

@@ -75,21 +75,23 @@ def test_nothing_else_is_sent_to_the_builder() -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_both_images_run_as_an_ordinary_user(target: str) -> None:
+def test_images_run_as_an_ordinary_user(target: str) -> None:
     """The last user of each image has a number, so that Kubernetes can see it is not root."""
     assert stage(target)[-1] == "USER 10001:10001"
     assert stage(target)[0] == f"FROM runtime AS {target}"
 
 
-def test_images_hold_the_cpu_kernels_and_no_compiler() -> None:
-    """The stage that makes the wheel fails without the C library; what is shipped installs that wheel."""
+def test_images_hold_the_cpu_kernels_and_the_cpu_ones_no_compiler() -> None:
+    """The stage that makes the wheel fails without the C library; only Triton needs a compiler where it runs."""
     wheel = stage("wheel")
     (build,) = [number for number, line in enumerate(wheel) if "pip wheel" in line]
-    assert wheel.index("ENV REQUIRE_CPU_LIBRARY=1") < build
-    for name in ("runtime", "cpu", "cuda", "dependencies", "dependencies-cpu", "dependencies-cuda"):
+    assert [number for number, line in enumerate(wheel) if line.startswith("ENV REQUIRE_CPU_LIBRARY=1")] < [build]
+    for name in ("installer", "runtime", "cpu", "demo", "dependencies-cpu", "dependencies-demo"):
         assert not [line for line in stage(name) if "gcc" in line or "apt-get" in line]
+    assert [line for line in stage("cuda") if "gcc" in line]
     for target in ("cpu", "cuda"):
-        assert "COPY --from=wheel /wheels /opt/dist" in stage(target)
+        assert "COPY --from=wheel /opt/onebit /opt/onebit" in stage(target)
+    assert stage("demo")[0] == "FROM cpu AS demo"
 
 
 def test_entrypoint_is_the_server_itself() -> None:
@@ -99,14 +101,41 @@ def test_entrypoint_is_the_server_itself() -> None:
     assert "onebit-serve" in scripts
 
 
-def test_every_dependency_of_the_image_is_pinned() -> None:
-    """Two builds of one commit hold the same versions."""
+def locked(name: str) -> dict[str, str]:
+    """The packages of one lock with their versions, each checked to carry a hash."""
+    text = (ROOT / "docker" / "locks" / f"{name}.txt").read_text()
+    found = re.findall(
+        r"^([A-Za-z0-9._-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, flags=re.MULTILINE
+    )
+    assert len(found) == len(re.findall(r"^[A-Za-z0-9]", text, flags=re.MULTILINE))
+    return {normal(package): version for package, version, _ in found}
+
+
+@pytest.mark.parametrize("names", [("torch-cpu", "cpu"), ("cuda",)], ids=["cpu", "cuda"])
+def test_every_dependency_of_an_image_is_locked_with_hashes(names: tuple[str, ...]) -> None:
+    """Two builds of one commit hold the same files, and those are the versions that the tests run with."""
+    lock = {package: version for name in names for package, version in locked(name).items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["serve"], *extras["eval"]]
-    pins = (ROOT / ".ci" / "constraints.txt").read_text()
-    pinned = {normal(name) for name in re.findall(r"^([A-Za-z0-9._-]+)==", pins, flags=re.MULTILINE)}
-    assert {normal(re.split(r"[<>=\[;! ]", requirement)[0]) for requirement in wanted} <= pinned
+    assert {normal(re.split(r"[<>=\[;! ]", requirement)[0]) for requirement in wanted} <= set(lock)
+    text = (ROOT / ".ci" / "constraints.txt").read_text()
+    tested = {normal(name): version for name, version in re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text, re.MULTILINE)}
+    for package, version in lock.items():
+        if package in tested and package != "triton":  # torch's CUDA build names one version of triton and no other
+            assert version.partition("+")[0] == tested[package], package
+
+
+def test_nothing_is_installed_that_no_lock_names() -> None:
+    """Pip is told so once, for every stage, and only our own wheel, made one line before, needs no hash."""
+    assert "ENV PIP_ONLY_BINARY=:all: PIP_NO_DEPS=1 PIP_REQUIRE_HASHES=1 PIP_DISABLE_PIP_VERSION_CHECK=1" in stage(
+        "installer"
+    )
+    loosened = [line for line in INSTRUCTIONS if "PIP_REQUIRE_HASHES=0" in line]
+    assert loosened == [line for line in stage("wheel") if "PIP_REQUIRE_HASHES=0" in line]
+    assert all(
+        "--no-index" in line for line in stage("wheel")[stage("wheel").index(loosened[0]) :] if "pip" in line[:40]
+    )
 
 
 def normal(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import onebit_core
+from benchmarks import api_reference, sizing
 from benchmarks.cli_reference import render
 from benchmarks.quality_picture import description_of, picture_of
 from benchmarks.quality_table import newest_file, pages
@@ -36,6 +37,12 @@ def test_every_architecture_is_listed():
 def test_the_command_reference_is_current():
     """docs/cli.md is what `make docs` prints."""
     assert (DOCS / "cli.md").read_text() == render()
+
+
+@pytest.mark.parametrize(("page", "printed"), [("api-reference.md", api_reference), ("sizing.md", sizing)])
+def test_generated_pages_are_current(page, printed):
+    """They are what `make docs` prints."""
+    assert (DOCS / page).read_text() == printed.render()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
