@@ -11,8 +11,10 @@ ServiceError
 │   │   ├── UnknownModel               no model of that name is loaded
 │   │   └── JobNotFound                no job of that id
 │   ├── Conflict                   the thing exists already, or is in the wrong state
+│   │   └── DoesNotFit                 there is too little memory for the model
 │   ├── PayloadTooLarge            the body is over the limit
-│   └── EngineBusy                 the queue is full; try again later
+│   ├── EngineBusy                 the queue is full; try again later
+│   └── RateLimited                the key has used what it may use in a minute
 └── ServerFailure              the caller cannot mend it (5xx)
     ├── EngineStartFailed          the engine process could not load the model
     ├── EngineDead                 the engine process died under the request, or is being restarted
@@ -84,12 +86,20 @@ class Conflict(RequestError):
     """The thing exists already, or is in a state that does not allow this."""
 
 
+class DoesNotFit(Conflict):
+    """There is too little memory for the model beside those that are loaded."""
+
+
 class PayloadTooLarge(RequestError):
     """The body is over the limit."""
 
 
 class EngineBusy(RequestError):
     """The engine's queue is full; the same request may succeed later."""
+
+
+class RateLimited(RequestError):
+    """The key has used what it may use in a minute."""
 
 
 class ServerFailure(ServiceError):
@@ -139,8 +149,10 @@ RESPONSES: dict[type[ServiceError], ErrorResponse] = {
     UnknownModel: ErrorResponse(status=404, type="invalid_request_error", code="model_not_found"),
     JobNotFound: ErrorResponse(status=404, type="invalid_request_error", code="job_not_found"),
     Conflict: ErrorResponse(status=409, type="invalid_request_error", code="conflict"),
+    DoesNotFit: ErrorResponse(status=409, type="invalid_request_error", code="not_enough_memory"),
     PayloadTooLarge: ErrorResponse(status=413, type="invalid_request_error", code="payload_too_large"),
     EngineBusy: ErrorResponse(status=429, type="rate_limit_error", code="engine_busy"),
+    RateLimited: ErrorResponse(status=429, type="rate_limit_error", code="rate_limit_exceeded"),
     EngineStartFailed: ErrorResponse(status=500, type="server_error", code="engine_start_failed"),
     EngineDead: ErrorResponse(status=503, type="server_error", code="engine_dead"),
     GenerationFailed: ErrorResponse(status=500, type="server_error", code="generation_failed"),

@@ -11,18 +11,22 @@ uvicorn closes connections and `_stop` does the rest.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from onebit_core.errors import OnebitError
 from service.errors import JobsUnavailable, ServiceError
 from service.jobs.client import JobClient
+from service.jobs.database import is_sqlite
 from service.jobs.loader import load_finished_jobs
+from service.jobs.pruning import prune_jobs
 from service.jobs.supervisor import WorkerSupervisor
 from service.registry.registry import ModelRegistry
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+RECONNECT_SECONDS = 5.0
 
 
 class Lifespan:
@@ -43,8 +47,15 @@ class Lifespan:
         self._tasks: list[asyncio.Task[None]] = []
         folder, database_url = settings.jobs_folder, settings.database_url
         if folder is not None and database_url is not None:
-            self._worker = WorkerSupervisor(database_url, folder, settings.log_level)
             self.jobs = JobClient(database_url, self._last_heartbeat)
+            if settings.job_worker:
+                self._worker = WorkerSupervisor(
+                    database_url, settings.job_worker_id, settings.device, settings.log_level
+                )
+                self._worker.on_refused = self._refuse
+
+    def _refuse(self, message: str) -> None:
+        self.on_start_failure(message)
 
     def _last_heartbeat(self) -> float:
         return self._worker.last_heartbeat if self._worker is not None else 0.0
@@ -60,12 +71,13 @@ class Lifespan:
 
     async def _start(self) -> None:
         self._run_beside(self._load_models(), "load-models")
-        if self.jobs is not None and self._worker is not None:
-            await self._start_jobs(self.jobs, self._worker)
+        if self.jobs is not None:
+            await self._start_jobs(self.jobs)
 
-    async def _start_jobs(self, jobs: JobClient, worker: WorkerSupervisor) -> None:
+    async def _start_jobs(self, jobs: JobClient) -> None:
         """Open the jobs' database, start the worker, and watch for what it makes."""
         assert self._settings.jobs_folder is not None
+        is_connected = True
         try:
             self._settings.jobs_folder.mkdir(parents=True, exist_ok=True)
             await jobs.start()
@@ -73,11 +85,25 @@ class Lifespan:
             self.on_start_failure(f"jobs cannot be kept in {self._settings.jobs_folder}: {error}")
             return
         except JobsUnavailable as error:
-            self.on_start_failure(f"jobs cannot be recorded: {error}; the log says why (--jobs-database-url)")
-            return
-        worker.start()
-        watcher = load_finished_jobs(jobs, self._registry.load)
-        self._run_beside(watcher, "load-finished-jobs")
+            if error.retry_after_seconds is None or is_sqlite(self._settings.database_url or ""):
+                self.on_start_failure(f"jobs cannot be recorded: {error}; the log says why (--jobs-database-url)")
+                return
+            is_connected = False  # the database is not there yet; models are served meanwhile
+        if self._worker is not None:
+            self._worker.start()
+        self._run_beside(self._watch_jobs(jobs, is_connected=is_connected), "watch-jobs")
+
+    async def _watch_jobs(self, jobs: JobClient, *, is_connected: bool) -> None:
+        """Serve what jobs make, and forget old jobs."""
+        while not is_connected:
+            await asyncio.sleep(RECONNECT_SECONDS)
+            with suppress(JobsUnavailable):
+                await jobs.start()
+                is_connected = True
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load_finished_jobs(jobs, self._registry.load))
+            if self._settings.job_keep_days:
+                tasks.create_task(prune_jobs(jobs, self._settings.job_keep_days))
 
     async def _load_models(self) -> None:
         """Load the models named at start; a server without one of them is of no use."""
@@ -89,6 +115,8 @@ class Lifespan:
     def drain(self) -> None:
         """Take nothing new from now on, and end what runs when its time is over."""
         self._registry.close()
+        if self.jobs is not None:
+            self.jobs.is_ending = True
         seconds = self._settings.shutdown_grace_seconds - self._settings.tail_seconds
         self._run_beside(self._end_requests(seconds), "drain")
 

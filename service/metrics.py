@@ -1,4 +1,4 @@
-"""Every Prometheus metric of the service, declared once.
+"""Every Prometheus metric of the service, declared once (those of HTTP in `service.http_metrics`).
 
 Names are `onebit_*` in base units, `_total` on counters only; buckets are vLLM's. `Metrics(vllm_names=True)` shows the
 engine's figures once more under vLLM's own names (`service.vllm_names`), for its dashboards and autoscalers. Labels
@@ -29,6 +29,7 @@ from prometheus_client import (
 )
 
 from onebit_core.artifact.manifest import EvaluationResult, LayerReport, Manifest, Report
+from service.http_metrics import HttpMetrics
 from service.vllm_names import VllmNames
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a `_created` series beside each counter and histogram doubles the page and serves nobody
@@ -48,12 +49,13 @@ REQUEST_SECONDS_BUCKETS = (
 ITERATION_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 TOKEN_LENGTH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 CHOICES_BUCKETS = (1, 2, 5, 10, 20)
+JOB_SECONDS_BUCKETS = (10.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0, 86400.0, 259200.0)
 DIVERGENCE_BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-HTTP_SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 # fmt: on
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
-JOB_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+JOB_STATES = ("queued", "running", "succeeded", "rejected", "failed", "cancelled")
+TIMED_ENDS = ("succeeded", "rejected", "failed")
 SCORED_POSITIONS = ("prompt", "completion")
 
 
@@ -330,27 +332,22 @@ class JobMetrics:
             "When the job worker last gave a sign of life, Unix time; 0 before the first.",
             registry=registry,
         )
+        self.duration = Histogram(
+            "onebit_job_duration_seconds",
+            "From the last start of a job that ran to its end, by how it ended.",
+            ["state"],
+            buckets=JOB_SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.recoveries = Counter(
+            "onebit_job_recoveries_total",
+            "Times a job was taken up again after its worker had ended or died.",
+            registry=registry,
+        )
         for state in JOB_STATES:
             self.jobs.labels(state)
-
-
-class HttpMetrics:
-    """Requests by route template; paths without a route share one label."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter(
-            "onebit_http_requests_total",
-            "HTTP requests answered.",
-            ["route", "method", "status"],
-            registry=registry,
-        )
-        self.duration = Histogram(
-            "onebit_http_request_duration_seconds",
-            "From the request's head to the end of its answer.",
-            ["route", "method"],
-            buckets=HTTP_SECONDS_BUCKETS,
-            registry=registry,
-        )
+        for state in TIMED_ENDS:
+            self.duration.labels(state)
 
 
 def _layers_by_series(report: Report) -> dict[tuple[str, str], list[LayerReport]]:

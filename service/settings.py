@@ -9,10 +9,9 @@ page cannot fall behind this file.
 import ipaddress
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, NoDecode, SettingsConfigDict
 
 ENVIRONMENT_PREFIX = "ONEBIT_"
@@ -47,9 +46,27 @@ class Settings(BaseSettings):
         description="Address to listen on. Anything but loopback needs keys_file: without keys everybody is admin.",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one and logs it.")
+    admin_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port for /admin, which then answers there alone, so that a firewall can close it; 0 takes a "
+        "free one and logs it. By default /admin is on the port of everything else.",
+    )
     keys_file: Path | None = Field(
         default=None,
         description="JSON file of hashed API keys (`onebit-serve keys add`). Re-read when it changes.",
+    )
+    requests_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests a key may send in a minute, for keys that have no limit of their own; beyond it 429.",
+    )
+    tokens_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens, of prompts and completions, a key may use in a minute, for keys that have no limit of "
+        "their own; beyond it 429.",
     )
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where models run: auto, cpu, cuda or cuda:N."
@@ -68,6 +85,11 @@ class Settings(BaseSettings):
         default=True,
         description="Whether decoder blocks of Llama, Mistral, Qwen2 and Qwen3 are computed in one call of the cpu "
         "backend, in float32 with pages of 16 tokens; others, and all without it, run transformers' own modules.",
+    )
+    decode_graphs: bool = Field(
+        default=True,
+        description="Whether steps that give one token to each sequence are recorded as CUDA graphs when a model is "
+        "loaded; some seconds of the start, and some memory of the GPU.",
     )
     page_size: int = Field(default=16, ge=1, le=1024, description="Token positions in one page of KV cache.")
     kv_cache_bytes: int = Field(
@@ -107,6 +129,32 @@ class Settings(BaseSettings):
         description="Longest prompt plus completion, in tokens; by default what the model was made for.",
     )
     max_body_bytes: int = Field(default=4 << 20, ge=1024, description="Largest request body; beyond it 413.")
+    receive_timeout_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="Seconds from the first byte of a request, or from connecting, to its last; beyond it the "
+        "connection is closed. Bytes that arrive do not extend it.",
+    )
+    send_timeout_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds that an answer may wait for a client that takes next to nothing of it; beyond it the "
+        "connection is closed and its sequences end.",
+    )
+    keep_alive_seconds: int = Field(
+        default=15, ge=1, description="Seconds that a connection may stay open between two requests."
+    )
+    max_connections: int = Field(
+        default=1000,
+        ge=1,
+        description="Open connections; beyond it the one that is idle the longest is closed, and if none is idle the "
+        "newcomer gets 503. Less where the process may open fewer files.",
+    )
+    max_connections_per_address: int | None = Field(
+        default=None,
+        ge=1,
+        description="Open connections of one address; leave it out behind a proxy, which is one address.",
+    )
     max_choices: int = Field(
         default=128, ge=1, description="Largest number of completions in one request: prompts times n."
     )
@@ -115,6 +163,33 @@ class Settings(BaseSettings):
         default=None,
         description="Where jobs are recorded: sqlite:///FILE or postgresql://...; "
         "by default jobs.db under ARTIFACT_ROOT/.jobs. SQLite must not lie on a network drive.",
+    )
+    jobs_database_url_file: Path | None = Field(
+        default=None,
+        description="File that holds jobs_database_url, for a URL with a password; an empty file says nothing.",
+    )
+    job_worker: bool = Field(
+        default=True,
+        description="Whether this server runs a job worker of its own. Without one jobs wait for an onebit-worker that "
+        "shares the database and ARTIFACT_ROOT.",
+    )
+    job_worker_id: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="Name of this server's worker, the same after each restart and nobody else's; by default local "
+        "with SQLite, else the host's name.",
+    )
+    job_max_crashes: int = Field(
+        default=3,
+        ge=1,
+        description="How often in a row a job may kill what runs it, with no block finished between, before it fails. "
+        "Orderly restarts do not count.",
+    )
+    job_keep_days: float = Field(
+        default=30.0,
+        ge=0,
+        description="Days after its end that a job's record and folder (log, finished blocks, a rejected artifact) are "
+        "kept; 0 keeps them for ever. Artifacts under their name stay.",
     )
     job_sources: Annotated[list[Path], NoDecode] = Field(
         default=[], description="Folders from which jobs may read models and texts, besides artifact_root."
@@ -130,6 +205,21 @@ class Settings(BaseSettings):
         default="on",
         description="Whether a model must answer its artifact's golden prompts as the reference did before it is "
         "served.",
+    )
+    memory_check: Literal["on", "off"] = Field(
+        default="on",
+        description="Whether a model is refused whose weights, KV cache and process do not fit into the free memory of "
+        "the machine, container or GPU, beside what loaded models were promised.",
+    )
+    restore_models: bool = Field(
+        default=True,
+        description="Whether models and aliases that the admin API set up are there again after a restart. They are "
+        "recorded in ARTIFACT_ROOT/.served.json.",
+    )
+    audit_file: Path | None = Field(
+        default=None,
+        description="File that gets a JSON line for each admin request, besides the log. Only ever appended to, and "
+        "opened anew for each line, so logrotate may move it.",
     )
     score_share: float = Field(
         default=0.0,
@@ -173,9 +263,22 @@ class Settings(BaseSettings):
                 f"host {self.host} can be reached from other machines, so keys_file is required; "
                 "make one with `onebit-serve keys add` or listen on 127.0.0.1"
             )
+        if self.jobs_database_url is not None and self.jobs_database_url_file is not None:
+            raise ValueError("jobs_database_url and jobs_database_url_file both say where jobs are recorded; keep one")
         if not self.artifacts and self.artifact_root is None:
             raise ValueError("nothing to serve: name at least one artifact folder, or set artifact_root")
         return self
+
+    @field_validator("jobs_database_url_file")
+    @classmethod
+    def _check_url_file(cls, value: Path | None) -> Path | None:
+        """Refuse a file that cannot be read, which must not pass for an empty one."""
+        if value is not None:
+            try:
+                value.read_text()
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{value} cannot be read: {error}") from None
+        return value
 
     @field_validator("score_original")
     @classmethod
@@ -200,6 +303,13 @@ class Settings(BaseSettings):
         return min(LONGEST_TAIL_SECONDS, self.shutdown_grace_seconds / 5)
 
     @property
+    def served_file(self) -> Path | None:
+        """Where models and aliases are recorded for the next start; None where they are not."""
+        if not self.restore_models or self.artifact_root is None:
+            return None
+        return self.artifact_root.resolve() / ".served.json"
+
+    @property
     def jobs_folder(self) -> Path | None:
         """Where jobs keep their database, configurations and finished blocks; None when there are no jobs."""
         if not self.jobs_enabled or self.artifact_root is None:
@@ -211,7 +321,8 @@ class Settings(BaseSettings):
         """The jobs' database, as SQLAlchemy writes it; None when there are no jobs."""
         if self.jobs_folder is None:
             return None
-        return self.jobs_database_url or f"sqlite:///{self.jobs_folder / 'jobs.db'}"
+        in_file = self.jobs_database_url_file.read_text().strip() if self.jobs_database_url_file is not None else ""
+        return self.jobs_database_url or in_file or f"sqlite:///{self.jobs_folder / 'jobs.db'}"
 
 
 def is_loopback(host: str) -> bool:
@@ -246,57 +357,15 @@ def _sentence(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return message
-    return f"{_flag(str(first['loc'][0]))}: {message[0].lower()}{message[1:]}"
+    return f"{flag_of(str(first['loc'][0]))}: {message[0].lower()}{message[1:]}"
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """Return how a setting is given on the command line."""
     return "artifacts" if name == "artifacts" else "--" + name.replace("_", "-")
 
 
-def settings_page() -> str:
-    """Return docs/settings.md."""
-    rows = [_row(name, field) for name, field in Settings.model_fields.items()]
-    return "\n".join(
-        [
-            "# Settings of onebit-serve",
-            "",
-            "<!-- Printed by `python -m service.settings`; edit service/settings.py instead. -->",
-            "",
-            "Flags win over environment variables, variables over defaults. A list is a repeated flag, or commas in a",
-            "variable. Bytes and seconds are plain numbers.",
-            "",
-            "| flag | variable | type | default | meaning |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-
-
-def _row(name: str, field: FieldInfo) -> str:
-    flag = "`ARTIFACT ...`" if name == "artifacts" else f"`{_flag(name)}`"
-    default = "none" if field.default in (None, []) else f"`{field.default}`"
-    return (
-        f"| {flag} | `{ENVIRONMENT_PREFIX}{name.upper()}` | {_type_name(field.annotation)} | {default} "
-        f"| {field.description} |"
-    )
-
-
-def _type_name(annotation: Any) -> str:
-    text = (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
-    if "Literal[" in text:
-        return text[text.index("[") + 1 : text.rindex("]")].replace("'", "").replace(", ", " \\| ")
-    names = {
-        "Path | None": "path",
-        "Path]": "list of paths",
-        "str]": "list of paths",
-        "int | None": "int",
-        "str | None": "str",
-    }
-    return next((name for ending, name in names.items() if text.endswith(ending)), text)
-
-
 if __name__ == "__main__":
+    from service.settings_page import settings_page  # it reads this module
+
     sys.stdout.write(settings_page())

@@ -16,8 +16,9 @@ BY_FOLDER = {"integration": pytest.mark.integration, "acceptance": pytest.mark.a
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the flag of `make soak`."""
+    """Add the flags of `make soak` and `make test-deploy`."""
     parser.addoption("--soak", action="store_true", help="run endurance tests at full length (an hour or two)")
+    parser.addoption("--deploy", action="store_true", help="run tests/deploy: build the images and start them")
 
 
 @pytest.fixture(scope="session")

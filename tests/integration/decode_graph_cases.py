@@ -8,12 +8,14 @@ in another way for another number of rows.
 
 import numpy as np
 import pytest
+import triton
 
 from service.engine import graphs
 from service.engine.types import GenerationRequest, SamplingParams
 from tests.support.inline_engine import InlineEngine, greedy
 from tests.support.tiny_model import save_tiny_model
 
+assert triton.knobs.runtime.interpret, "run by test_decode_graphs.py"
 PROMPTS = [list(range(5, 8 + 7 * index)) for index in range(4)]
 
 

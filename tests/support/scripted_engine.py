@@ -54,6 +54,7 @@ class ScriptedEngine:
     left: list[str] = field(default_factory=list)
     is_alive: bool = True
     restarts: int = 0
+    pid: int | None = None
     stopped: bool = False
     stats: EngineStats = field(default_factory=EngineStats)
     on_stats: Callable[[EngineStats], None] | None = None

@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,19 @@ class ServerProcess:
 
 
 @contextmanager
-def running_server(*arguments: str, log_file: Path, ready: bool = True, **environment: str) -> Iterator[ServerProcess]:
+def running_server(
+    *arguments: str, log_file: Path, ready: bool = True, under: Sequence[str] = (), **environment: str
+) -> Iterator[ServerProcess]:
     """Run `onebit-serve ARGUMENTS` on a free port until the block ends.
 
     Args:
         arguments: artifacts and flags; --port is given already.
         log_file: where its standard error goes.
         ready: whether to wait for its models.
+        under: a command that runs the server's with less than it is used to, such as prlimit.
         environment: more variables.
     """
-    command = [sys.executable, "-m", "service", *arguments, "--port", "0"]
+    command = [*under, sys.executable, "-m", "service", *arguments, "--port", "0"]
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=server_environment(**environment), stderr=log)
     server = ServerProcess(process, log_file)
@@ -115,8 +118,10 @@ def running_server(*arguments: str, log_file: Path, ready: bool = True, **enviro
         server.stop()
 
 
-def run_server_to_end(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_server_to_end(
+    *arguments: str, under: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run `onebit-serve ARGUMENTS` that is expected to end by itself."""
-    command = [sys.executable, "-m", "service", *arguments]
+    command = [*under, sys.executable, "-m", "service", *arguments]
     variables = server_environment(**environment)
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
