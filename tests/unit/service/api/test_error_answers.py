@@ -18,7 +18,7 @@ from service.errors import BadRequest, Conflict, EngineBusy, EngineDead, Generat
         (EngineBusy("full", retry_after_seconds=0.2), 429, "1", None),
         (GenerationFailed("NaN"), 500, None, "false"),
         (EngineDead("gone"), 503, None, "false"),
-        (EngineDead("restarting", retry_after_seconds=2.4), 503, "2", None),
+        (EngineDead("restarting", retry_after_seconds=2.4), 503, "3", None),
         (ShuttingDown("over", retry_after_seconds=1), 503, "1", None),
     ],
 )
