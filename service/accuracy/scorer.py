@@ -132,6 +132,8 @@ class LiveScorer:
             logger.info("live accuracy is measured", extra={"model": self._model, "share": self._share})
             while (line := await self._next(process)) is not None:
                 answer = await self._exchange(process, line)
+                if answer is None:
+                    self._metrics.scorer_up.labels(self._model).set(0)
                 self._count(answer)
                 if answer is None:
                     break

@@ -5,7 +5,7 @@ import json
 import statistics
 import time
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -51,9 +51,9 @@ class Crowd:
     """
 
     def __init__(self, server, key):
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         headers = {"authorization": f"Bearer {key}"}
-        self.client = httpx.AsyncClient(base_url=server.url, headers=headers, limits=limits, timeout=120)
+        self.client = httpx2.AsyncClient(base_url=server.url, headers=headers, limits=limits, timeout=120)
         self.answers = []
 
     async def __aenter__(self):

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import openai
 import psutil
 import pytest
@@ -42,7 +42,7 @@ def server(root, tmp_path):
 
 
 def admin(server, method, path, body=None):
-    answer = httpx.request(method, server.url + "/admin" + path, json=body, timeout=120)
+    answer = httpx2.request(method, server.url + "/admin" + path, json=body, timeout=120)
     return answer.status_code, answer.json()
 
 
@@ -116,7 +116,7 @@ def test_swaps_under_load_fail_no_request(server):
     assert set(crowd.texts) == set(expected.values())
     assert len(crowd.texts) > 3 * SWAPS
     wait_for(lambda: states(server) == ["ready"])
-    page = httpx.get(server.url + "/metrics").text
+    page = httpx2.get(server.url + "/metrics").text
     assert page.count("onebit_engine_info{") == 1
     assert 'onebit_request_success_total{finished_reason="error",model="served"} 0.0' in page
 
@@ -156,7 +156,7 @@ def test_unloading_first_is_a_short_503(server):
     def knock():
         while not seen or seen[-1].status_code != 200 or len(seen) < 3:
             body = {"model": "served", "prompt": PROMPT, "max_tokens": 1}
-            seen.append(httpx.post(server.url + "/v1/completions", json=body, timeout=60))
+            seen.append(httpx2.post(server.url + "/v1/completions", json=body, timeout=60))
             time.sleep(0.05)
 
     swapping = threading.Thread(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from tests.support.server_process import ROOT, server_environment
 
@@ -105,10 +105,10 @@ class Poster:
         whole = {"model": str(self._model), "name": name, **body}
         while True:
             try:
-                answer = httpx.post(
+                answer = httpx2.post(
                     f"{self._url}/admin/quantize", json=whole, headers={"Idempotency-Key": name}, timeout=30
                 )
-            except httpx.HTTPError:
+            except httpx2.HTTPError:
                 self.refusals += 1
                 time.sleep(0.5)
                 continue
@@ -125,7 +125,7 @@ def all_jobs(url: str) -> list[dict[str, Any]]:
     jobs: list[dict[str, Any]] = []
     after = None
     while True:
-        answer = httpx.get(
+        answer = httpx2.get(
             f"{url}/admin/jobs", params={"limit": 100, **({"after": after} if after else {})}, timeout=30
         )
         answer.raise_for_status()

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-import httpx
+import httpx2
 from openai import APIConnectionError, APIError, APIStatusError, OpenAI
 
 PROMPTS = tuple(f"The {word} is" for word in ("house", "river", "library", "clerk", "ladder", "lamp", "shelf", "book"))
@@ -36,7 +36,7 @@ def ask(client: OpenAI, model: str, prompt: str, seed: int | None, *, stream: bo
             text += choice.text
             is_whole = is_whole or choice.finish_reason is not None
     if not is_whole:
-        raise httpx.RemoteProtocolError("the stream ended before the answer did")
+        raise httpx2.RemoteProtocolError("the stream ended before the answer did")
     return text
 
 
@@ -88,7 +88,7 @@ class Traffic:
                 outcome = "refused" if error.status_code in (429, 500, 502, 503) else f"status {error.status_code}"
             except APIConnectionError:
                 outcome = "refused"
-            except (APIError, httpx.HTTPError):
+            except (APIError, httpx2.HTTPError):
                 outcome = "cut"
             self._note(outcome)
             if outcome != "right":
