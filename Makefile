@@ -7,7 +7,7 @@ TORCH  ?= $(shell grep '^torch==' .ci/constraints.txt)
 # Spinning OpenMP threads starve each other on small or busy machines.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install tools lock lint format test test-deploy soak demo bench bench-kernels bench-decode bench-serving docs quality clean
+.PHONY: install tools lock lint format test test-deploy soak chaos demo bench bench-kernels bench-decode bench-serving docs quality clean
 
 # The environment: torch first, then the package with everything, pinned by the constraints file; and the C library of the
 # CPU kernels again whenever its sources change.
@@ -65,6 +65,11 @@ test-deploy: install
 soak: install build/guidellm/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[zeroshot]"
 	$(BIN)/python -m pytest -m soak --soak --timeout=5400 --junit-xml=build/soak/results.xml $(ARGS)
+
+# Random kills of servers, engines, workers, their children and the database, behind nginx, while jobs run and users ask. Needs
+# nginx and PostgreSQL (Debian: apt-get install nginx-light postgresql). ARGS="--kills 200 --out benchmarks/results".
+chaos: install
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 build/guidellm/.installed: .ci/constraints.txt
 	$(PYTHON) -m venv build/guidellm
