@@ -1,30 +1,17 @@
 """Runs decode_graph_cases.py under Triton's interpreter, in a process of its own; and what needs no kernel."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from service.engine.graphs import key_buckets, row_buckets
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.interpreted import assert_passes_interpreted
 
 
 def test_recorded_steps_compute_what_plain_ones_compute():
     """Buckets, spare rows, windows, preemption; see the file."""
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/integration/decode_graph_cases.py"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes_interpreted(Path(__file__).with_name("decode_graph_cases.py"))
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 64, 100, 256, 1000])
