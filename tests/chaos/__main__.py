@@ -57,7 +57,6 @@ class Killer:
             if kept.process is None:
                 return False
             kept.kill()
-            self._after(draw.uniform(0.1, 3.0), kept.start)
             return True
         if victim == "stopped worker":
             kept = draw.choice(cluster.workers)
@@ -119,8 +118,6 @@ def run(folder: Path, options: argparse.Namespace) -> int:
         poster.start()
         killer.run(options.kills, options.seconds_between)
         poster.wait()
-        for kept in (*cluster.servers, *cluster.workers):
-            kept.start()
         killing = time.monotonic() - started
         verdict = judge(cluster.url, cluster.root, expected_hashes, poster.ids, options.last_seconds)
         traffic.stop()

@@ -1,11 +1,13 @@
 """The processes: a database, servers behind nginx, workers; each can be killed and started again."""
 
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -105,6 +107,13 @@ class Kept:
         return found
 
 
+def _keep(kept: list[Kept], ended: threading.Event) -> None:
+    """Look every second or two, and start what is not there: what a cluster does with pods that have ended."""
+    while not ended.wait(random.uniform(0.5, 2.0)):
+        for each in kept:
+            each.start()
+
+
 class Cluster:
     """All of it, under one folder.
 
@@ -141,7 +150,7 @@ class Cluster:
         ]
         worker = [sys.executable, "-m", "service.jobs.worker"]
         self.workers = [
-            Kept(f"worker-{index}", [*worker, "--executor-id", f"worker-{index}"], folder, **database)
+            Kept(f"worker-{index}", [*worker, "--job-worker-id", f"worker-{index}"], folder, **database)
             for index in range(workers)
         ]
         port = free_port()
@@ -157,14 +166,17 @@ class Cluster:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Start everything, and end it with the block."""
+        """Start everything, start again what ends, and end it all with the block."""
         self.database.start()
         kept = [self._nginx, *self.servers, *self.workers]
+        ended = threading.Event()
+        keeper = threading.Thread(target=_keep, args=(kept, ended))
         try:
-            for each in kept:
-                each.start()
+            keeper.start()
             yield
         finally:
+            ended.set()
+            keeper.join()
             for each in reversed(kept):
                 each.stop()
             with suppress(subprocess.CalledProcessError):
