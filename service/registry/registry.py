@@ -59,6 +59,7 @@ class ModelRegistry:
         self._missed: dict[str, Path] = {}  # what was served before the restart, and could not be loaded after it
         self._closed = False
         self._loaded_initial = False
+        self._is_starting = False
 
     @property
     def is_ready(self) -> bool:
@@ -72,6 +73,7 @@ class ModelRegistry:
             OnebitError: an artifact is missing or corrupt.
             ServiceError: two of one name, too little memory, or an engine that does not start.
         """
+        self._is_starting = True  # until all names are known, none is unknown
         slots = [await self._reserve(Path(artifact), None) for artifact in artifacts]
         for slot, _ in slots:
             slot.is_named_at_start = True
@@ -101,6 +103,7 @@ class ModelRegistry:
             except ServiceError as error:
                 logger.error("the alias %s of before the restart is left out: %s", alias, error)  # noqa: TRY400
         self._loaded_initial = True
+        self._is_starting = False
         self.remember()
 
     def remember(self) -> None:
@@ -293,6 +296,8 @@ class ModelRegistry:
         if self._closed:
             raise ShuttingDown("the server is shutting down; try another replica", retry_after_seconds=1.0)
         slot = self._slots.get(self.aliases.resolve(name))
+        if slot is None and self._is_starting:
+            raise ModelLoading("models are still being loaded", retry_after_seconds=LOADING_RETRY_SECONDS)
         if slot is None:
             raise UnknownModel(f"no model named {name[:128]!r} is served here; known: {self._known()}", param="model")
         if slot.model is None:
