@@ -4,8 +4,8 @@ import hashlib
 import random
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,17 @@ class Poster:
         self._pause = seconds_between
         self.ids: dict[str, str] = {}
         self.refusals = 0
-        self._thread = threading.Thread(target=self._run)
+        self._threads = ThreadPoolExecutor(max_workers=1)
+        self._all: Future[None] | None = None
 
     def start(self) -> None:
         """Start posting."""
-        self._thread.start()
+        self._all = self._threads.submit(self._run)
 
     def wait(self) -> None:
-        """Wait until all are posted."""
-        self._thread.join()
+        """Wait until all are posted; what one was refused with is raised here."""
+        assert self._all is not None
+        self._all.result()
 
     def _run(self) -> None:
         draw = random.Random(7)
@@ -114,7 +116,7 @@ class Poster:
                 continue
             if answer.status_code in (200, 202):
                 return str(answer.json()["id"])
-            if answer.status_code not in (500, 502, 503, 504):
+            if answer.status_code not in (429, 502, 503, 504):
                 raise AssertionError(f"{name}: {answer.status_code} {answer.text}")
             self.refusals += 1
             time.sleep(0.5)

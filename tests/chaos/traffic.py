@@ -85,7 +85,7 @@ class Traffic:
                 if outcome == "wrong":
                     self.wrong.append((prompt, self.expected[prompt, seed], text))
             except APIStatusError as error:
-                outcome = "refused" if error.status_code in (429, 500, 502, 503) else f"status {error.status_code}"
+                outcome = "refused" if error.status_code in (429, 502, 503) else f"status {error.status_code}"
             except APIConnectionError:
                 outcome = "refused"
             except (APIError, httpx2.HTTPError):

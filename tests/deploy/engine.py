@@ -145,8 +145,11 @@ class Compose:
         self.engine.wait_until("healthy", lambda: self.engine.succeeds("healthcheck", "run", name), seconds, name)
 
     def down(self) -> None:
-        """Stop and remove everything, volumes too."""
+        """Stop and remove everything, volumes too; of an interrupted run, podman-compose leaves some."""
         self.run("down", "--volumes")
+        own = self.engine.podman("volume", "ls", "--quiet", "--filter", f"name=^{self.project}_").split()
+        if own:
+            self.engine.podman("volume", "rm", *own)
 
 
 def _containers_conf() -> str:

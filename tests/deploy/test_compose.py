@@ -89,12 +89,13 @@ def test_a_job_in_postgres_is_done_by_the_workers_container(deployment: Deployme
     compose = deployment.compose.with_variables(ONEBIT_JOB_WORKER="false")
     compose.finish("database-secrets")
     compose.start("database", seconds=READY_SECONDS)
-    compose.run("rm", "--force", "--stop", "server")
+    engine.podman("rm", "--force", "--time", "60", compose.container("server"))
     compose.start("server", seconds=READY_SECONDS)
     compose.run("up", "--detach", "--no-build", "--no-deps", "worker")
     body = {"model": "/sources/llama", "method": "rtn", "settings": {"bits": 4}, "name": "by-worker", "load": True}
-    job = ask(deployment, "/admin/quantize", body)
     worker = compose.container("worker")
+    engine.wait_until("reaching the database", lambda: answers(deployment, "/admin/jobs"), READY_SECONDS, worker)
+    job = ask(deployment, "/admin/quantize", body)
     engine.wait_until(
         "done with the job",
         lambda: ask(deployment, f"/admin/jobs/{job['id']}")["state"] not in ("queued", "running"),
@@ -110,17 +111,32 @@ def test_a_job_in_postgres_is_done_by_the_workers_container(deployment: Deployme
     engine.wait_until("serving what was made", lambda: "by-worker" in names(deployment), READY_SECONDS, worker)
 
 
+def asking(deployment: Deployment, path: str, content: bytes | None = None) -> urllib.request.Request:
+    """A request to the admin API, with the key."""
+    headers = {"Authorization": f"Bearer {deployment.key}", "Content-Type": "application/json"}
+    return urllib.request.Request(deployment.url + path, content, headers)
+
+
 def ask(deployment: Deployment, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """One request to the admin API."""
-    headers = {"Authorization": f"Bearer {deployment.key}", "Content-Type": "application/json"}
     content = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(deployment.url + path, content, headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(asking(deployment, path, content), timeout=60) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
     except urllib.error.HTTPError as error:
         raise AssertionError(f"{path}: {error.code} {error.read().decode()}") from None
+
+
+def answers(deployment: Deployment, path: str) -> bool:
+    """Whether a route answers; those of jobs say 503 until the database is reached."""
+    try:
+        urllib.request.urlopen(asking(deployment, path), timeout=60).close()
+    except urllib.error.HTTPError as error:
+        if error.code != 503:
+            raise
+        return False
+    return True
 
 
 def names(deployment: Deployment) -> list[str]:

@@ -3,7 +3,6 @@ ARG BASE
 FROM ${BASE}
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends postgresql && rm -rf /var/lib/apt/lists/* \
-    && install -d -o 999 -g 999 -m 0700 /var/lib/postgresql/data \
-    && install -d -o 999 -g 999 -m 3777 /var/run/postgresql && echo 'db:x:999:999::/tmp:/bin/sh' >> /etc/passwd
+    && install -d -o 999 -g 999 -m 0700 /var/lib/postgresql/data && echo 'db:x:999:999::/tmp:/bin/sh' >> /etc/passwd
 COPY tests/deploy/images/database-start /usr/local/bin/
 ENTRYPOINT ["database-start"]
