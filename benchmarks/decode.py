@@ -10,7 +10,6 @@ on the prompt differ from the reference's is not timed.
 """
 
 import argparse
-import csv
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.kernel_bench.device import device_name
-from benchmarks.kernel_bench.results import output_file, shown_command
+from benchmarks.kernel_bench.results import output_file, shown_command, write_table
 from onebit_core.artifact.reader import load_model, read_manifest
 from onebit_core.errors import BackendUnavailable, OnebitError
 from onebit_core.kernels import resolve_device
@@ -194,11 +193,7 @@ def _wait(model: PreTrainedModel) -> None:
 
 def write(out: Path, lines: Sequence[DecodeLine]) -> None:
     """Write the CSV."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(asdict(lines[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(line) for line in lines)
+    write_table(out, [asdict(line) for line in lines])
 
 
 def arguments() -> argparse.Namespace:

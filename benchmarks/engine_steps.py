@@ -13,7 +13,6 @@ over the device's measured bandwidth, over its time.
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.kernel_bench.device import device_name, measure_peaks
-from benchmarks.kernel_bench.results import output_file, shown_command
+from benchmarks.kernel_bench.results import output_file, shown_command, write_table
 from onebit_core.kernels import resolve_backend, resolve_device
 from onebit_core.layers import SignLinear, pack_layers, packed_bytes, use_backend
 from onebit_core.model.blocks import layout_of, shared_inputs
@@ -99,11 +98,7 @@ def main() -> int:
             f"{line.times_dense:5.2f}x dense  {line.share_of_bandwidth:4.0%} of the bandwidth"
         )
     out = output_file(options.out, "engine_steps", lines[0].device, lines[0].date[:10])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(asdict(lines[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(line) for line in lines)
+    write_table(out, [asdict(line) for line in lines])
     print(out)
     return 0
 

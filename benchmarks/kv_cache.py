@@ -10,7 +10,6 @@ own run of N positions as they are, and those before it from the cache.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from benchmarks.kernel_bench.device import device_name
-from benchmarks.kernel_bench.results import output_file, shown_command
+from benchmarks.kernel_bench.results import output_file, shown_command, write_table
 from onebit_core.errors import OnebitError
 from onebit_core.evaluation.divergence import summarize_divergence, token_agreement, token_divergence
 from onebit_core.evaluation.windows import TokenWindows, read_windows
@@ -233,11 +232,7 @@ def main() -> int:
         )
         print(f"{way:40} KL {summary.mean:.2e} +- {summary.standard_error:.0e}  top-1 {lines[-1].top1:.2%}", flush=True)
     out = output_file(options.out, "kv_cache", lines[0].device, lines[0].date)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(asdict(lines[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(line) for line in lines)
+    write_table(out, [asdict(line) for line in lines])
     return 0
 
 

@@ -7,7 +7,6 @@ evaluates. The original's logits are computed once a window for all artifacts th
 """
 
 import argparse
-import csv
 import json
 import platform
 import shlex
@@ -23,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.kernel_bench.results import write_table
 from benchmarks.quality_picture import draw, picture_of
 from benchmarks.quality_rows import ROWS, Row
 from benchmarks.quality_table import markdown
@@ -82,10 +82,10 @@ def _run(options: argparse.Namespace, watch: Watch) -> list[dict[str, Any]]:
     for group in _groups(folders, original):
         for result, name in _evaluated(group, original, windows, watch):
             lines.append(line_of(read_manifest(folders[name]), read_report(folders[name]), result))
-            _write_csv(options, lines)
+            write_table(_file_of(options), lines)
     order = [*texts, *(row.name for row in rows)]
     lines.sort(key=lambda line: (order.index(line["dataset"]), order.index(line["row"])))
-    _write_csv(options, lines)
+    write_table(_file_of(options), lines)
     return lines
 
 
@@ -251,16 +251,6 @@ def _file_of(options: argparse.Namespace) -> Path:
     options.out = options.out or RESULTS / f"quality_{stem}_{datetime.now(UTC):%Y-%m-%d}.csv"
     out: Path = options.out
     return out
-
-
-def _write_csv(options: argparse.Namespace, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write the CSV as a whole; after every result, so that an interrupted run leaves one."""
-    out = _file_of(options)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 def _arguments() -> argparse.Namespace:

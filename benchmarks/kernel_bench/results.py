@@ -7,7 +7,7 @@ judged alone.
 import csv
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,16 @@ _FLOATS |= {"peak_gops_per_s", "error"}
 
 def write_lines(file: Path, lines: Iterable[Line]) -> None:
     """Write the whole file; after every case, so that an interrupted run leaves one."""
+    write_table(file, [{key: _shown(value) for key, value in asdict(line).items()} for line in lines], COLUMNS)
+
+
+def write_table(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Write a whole CSV file: the named columns, or those of the first row."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(stream, fieldnames=columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        for line in lines:
-            writer.writerow({key: _shown(value) for key, value in asdict(line).items()})
+        writer.writerows(rows)
 
 
 def _shown(value: Any) -> Any:

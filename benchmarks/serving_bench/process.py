@@ -41,7 +41,7 @@ class RunningServer:
     def __init__(self, contestant: Contestant, log_file: Path) -> None:
         self.contestant = contestant
         self.log_file = log_file
-        self._port = _free_port()
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
 
     def __enter__(self) -> Self:
@@ -126,7 +126,8 @@ class RunningServer:
         return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-LAST_LINES:])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

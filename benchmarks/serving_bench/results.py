@@ -4,7 +4,6 @@ A round gives one Measure; a line holds the medians over the rounds. `ratio_to_f
 server named on the command line writes more tokens a second than this one.
 """
 
-import csv
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.kernel_bench.results import write_table
 from benchmarks.serving_bench.load import Trace
 
 
@@ -172,12 +172,7 @@ def ratio(first: float, other: float) -> float | None:
 
 def write_rows(file: Path, rows: Iterable[Any]) -> None:
     """Write the whole file, one row a dataclass; four digits of a measurement."""
-    rows = [asdict(row) for row in rows]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: shown(value) for key, value in row.items()} for row in rows)
+    write_table(file, [{key: shown(value) for key, value in asdict(row).items()} for row in rows])
 
 
 def shown(value: Any) -> Any:

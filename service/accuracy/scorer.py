@@ -134,9 +134,9 @@ class LiveScorer:
                 answer = await self._exchange(process, line)
                 if answer is None:
                     self._metrics.scorer_up.labels(self._model).set(0)
-                self._count(answer)
-                if answer is None:
+                    self._metrics.failed.labels(self._model).inc()
                     break
+                self._count(answer)
             return "ended: " + await _death(process)
         finally:
             self._process = None
@@ -166,12 +166,11 @@ class LiveScorer:
         answer = await process.stdout.readline()
         return dict(json.loads(answer)) if answer.endswith(b"\n") else None
 
-    def _count(self, answer: dict[str, Any] | None) -> None:
+    def _count(self, answer: dict[str, Any]) -> None:
         """Put what was said of a sequence into the metrics."""
-        if answer is None or answer["event"] != "scored":
+        if answer["event"] != "scored":
             self._metrics.failed.labels(self._model).inc()
-            if answer is not None:
-                logger.warning("a sequence was not scored: %s", answer["message"], extra={"model": self._model})
+            logger.warning("a sequence was not scored: %s", answer["message"], extra={"model": self._model})
             return
         self._num_scored += 1
         self._metrics.scored.labels(self._model).inc()

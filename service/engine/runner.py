@@ -152,12 +152,20 @@ class Runner:
 
     def _whole_step(self, batch: Batch) -> Outputs:
         """Compute a step, all rows' logits included: what is recorded."""
-        step = PagedStep(cache=self._cache, batch=batch)
-        logits_1TV = self._model(
-            input_ids=batch.input_ids_1T, position_ids=batch.position_ids_1T, use_cache=False, paged=step
-        ).logits
+        logits_TV = self._model_logits(batch)
         assert self._head_input is not None
-        return logits_1TV[0], self._head_input.flatten(0, -2)
+        return logits_TV, self._head_input.flatten(0, -2)
+
+    def _model_logits(self, batch: Batch, **rows: Tensor) -> Tensor:
+        """Call the model over the paged cache; logits of all tokens, or of the rows to keep."""
+        logits_1TV: Tensor = self._model(
+            input_ids=batch.input_ids_1T,
+            position_ids=batch.position_ids_1T,
+            use_cache=False,
+            paged=PagedStep(cache=self._cache, batch=batch),
+            **rows,
+        ).logits
+        return logits_1TV[0]
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -176,16 +184,9 @@ class Runner:
             hidden_RD = fused.hidden(batch, self._cache, batch.logits_rows_R)
             fused_RV: Tensor = self._model.get_output_embeddings()(hidden_RD)
             return fused_RV
-        step = PagedStep(cache=self._cache, batch=batch)
-        rows = {"logits_to_keep": batch.logits_rows_R} if self._takes_rows else {}
-        logits_RV: Tensor = self._model(
-            input_ids=batch.input_ids_1T,
-            position_ids=batch.position_ids_1T,
-            use_cache=False,
-            paged=step,
-            **rows,
-        ).logits[0]
-        return logits_RV if self._takes_rows else logits_RV[batch.logits_rows_R]
+        if self._takes_rows:
+            return self._model_logits(batch, logits_to_keep=batch.logits_rows_R)
+        return self._model_logits(batch)[batch.logits_rows_R]
 
     def head_input(self, batch: Batch) -> Tensor:
         """Return what the head read for the latest batch, the final norm's output: [R, D] for batch.logits_rows_R."""

@@ -13,8 +13,8 @@ import pytest
 from onebit_core.artifact.identity import read_manifest
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.run import quantize_model
-from tests.support.admin import SMALL, Admin, children_named, has_ended, save_job_sources
-from tests.support.server_process import run_server_to_end, running_server
+from tests.support.admin import SMALL, Admin, children_named, has_ended, job_server, save_job_sources
+from tests.support.server_process import run_server_to_end
 
 pytestmark = pytest.mark.acceptance
 
@@ -29,9 +29,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(sources, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    arguments = ("--artifact-root", str(folder / "root"), "--job-sources", str(sources), "--kv-cache-bytes", "8000000")
-    with running_server(*arguments, log_file=folder / "log") as server:
+    with job_server(tmp_path_factory.mktemp("server"), sources) as server:
         yield server
 
 

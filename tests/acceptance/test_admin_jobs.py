@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.support.admin import SMALL, Admin, children_named, has_ended, save_job_sources
+from tests.support.admin import SMALL, Admin, children_named, has_ended, job_server, save_job_sources
 from tests.support.server_process import running_server
 
 pytestmark = pytest.mark.acceptance
@@ -23,9 +23,7 @@ def sources(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(sources, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    arguments = ("--artifact-root", str(folder / "root"), "--job-sources", str(sources), "--kv-cache-bytes", "8000000")
-    with running_server(*arguments, log_file=folder / "log") as server:
+    with job_server(tmp_path_factory.mktemp("server"), sources) as server:
         yield server
 
 

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.serving_bench.process import free_port
 from tests.support.postgres import Postgres, find_postgres
 from tests.support.server_process import ROOT, server_environment
 
@@ -44,13 +44,6 @@ http {{
   }}
 }}
 """
-
-
-def free_port() -> int:
-    """Return a port nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Kept:

@@ -4,8 +4,11 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.server_process import ServerProcess, running_server
 from tests.support.tiny_model import save_tiny_model
 
 SECONDS = 300.0
@@ -19,6 +22,14 @@ def save_job_sources(folder: Path, slow_layers: int = 48) -> Path:
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     (folder / "heldout.txt").write_text("Pack my box with five dozen liquor jugs. " * 200)
     return folder
+
+
+@contextmanager
+def job_server(folder: Path, sources: Path) -> Iterator[ServerProcess]:
+    """Run a server that takes jobs on `sources` and has its artifacts in folder/root."""
+    arguments = ("--artifact-root", str(folder / "root"), "--job-sources", str(sources), "--kv-cache-bytes", "8000000")
+    with running_server(*arguments, log_file=folder / "log") as server:
+        yield server
 
 
 class Admin:

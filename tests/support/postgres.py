@@ -3,7 +3,6 @@
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from benchmarks.serving_bench.process import free_port
 
 USER = "onebit"
 
@@ -35,9 +36,7 @@ class Postgres:
         self._folder = folder
         # PostgreSQL refuses to run as root.
         self._user = "nobody" if os.geteuid() == 0 else None
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self._port = listener.getsockname()[1]
+        self._port = free_port()
         self.url = f"postgresql://{USER}@127.0.0.1:{self._port}/postgres"
 
     def create(self) -> None:
