@@ -27,7 +27,7 @@ from service.jobs.database import (
     SERIALIZER,
     WORKFLOW,
     adopt_dbos_logger,
-    impatient,
+    connection_url,
 )
 from service.jobs.fence import is_busy
 from service.jobs.idempotency import HEADER, IdempotencyKey
@@ -85,9 +85,9 @@ class JobClient:
     def _connect(self) -> None:
         if self._database_url.startswith("sqlite:///"):
             Path(self._database_url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        DBOS.migrate(self._database_url)
+        DBOS.migrate(connection_url(self._database_url))
         client = DBOSClient(
-            system_database_url=impatient(self._database_url),
+            system_database_url=connection_url(self._database_url),
             serializer=SERIALIZER,
             application_name=APPLICATION,
             retry_connection_errors=False,  # a request must not wait for a database to come back

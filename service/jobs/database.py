@@ -23,14 +23,16 @@ POLLING_SECONDS = 0.5
 EXPECTED_ENDS = ("JobFailed", "DBOSAwaitedWorkflowCancelledError", "DBOSWorkflowCancelledError", "CancelledError")
 
 
-PATIENCE = {
+CONNECTION = {
+    "client_encoding": "utf8",
     "connect_timeout": "5",
     "keepalives_idle": "5",
     "keepalives_interval": "2",
     "keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
-"""libpq's settings for noticing within about 10 seconds that a database is behind a cut cable."""
+"""libpq's settings: text is text in a database of the encoding SQL_ASCII too (else psycopg returns bytes, over which
+SQLAlchemy stumbles), and a database behind a cut cable is noticed within about 10 seconds."""
 
 
 def is_sqlite(database_url: str) -> bool:
@@ -38,12 +40,12 @@ def is_sqlite(database_url: str) -> bool:
     return database_url.startswith("sqlite")
 
 
-def impatient(database_url: str) -> str:
-    """Return the URL with settings that give up on a silent database, unless it has its own."""
+def connection_url(database_url: str) -> str:
+    """Return the URL with the settings above, unless it has its own."""
     if is_sqlite(database_url):
         return database_url
     url = make_url(database_url)
-    return url.update_query_dict({**PATIENCE, **url.query}).render_as_string(hide_password=False)
+    return url.update_query_dict({**CONNECTION, **url.query}).render_as_string(hide_password=False)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import psycopg
 from sqlalchemy.engine import make_url
 
-from service.jobs.database import impatient, is_sqlite
+from service.jobs.database import connection_url, is_sqlite
 
 LOCK_CLASS = 0x0EB17
 """First half of our advisory locks' keys; the second is a hash of the executor id."""
@@ -120,7 +120,7 @@ class SessionPresence:
     """A session's advisory lock, in a connection of its own."""
 
     def __init__(self, database_url: str, executor_id: str) -> None:
-        url = make_url(impatient(database_url))
+        url = make_url(connection_url(database_url))
         self._url = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._executor_id = executor_id
         self._connection: psycopg.Connection[Any] | None = None

@@ -29,7 +29,7 @@ from service.jobs.database import (
     QUEUE,
     SERIALIZER,
     adopt_dbos_logger,
-    impatient,
+    connection_url,
 )
 from service.jobs.presence import Presence, PresenceLost, presence_of
 from service.jobs.process import Command
@@ -88,7 +88,7 @@ def run_jobs(database_url: str, own_id: str, presence: Presence, wait: Wait) -> 
     DBOS(
         config={
             "name": APPLICATION,
-            "system_database_url": impatient(database_url),
+            "system_database_url": connection_url(database_url),
             "executor_id": own_id,
             "application_version": APPLICATION_VERSION,
             "serializer": SERIALIZER,
@@ -102,7 +102,7 @@ def run_jobs(database_url: str, own_id: str, presence: Presence, wait: Wait) -> 
     DBOS.register_queue(QUEUE, worker_concurrency=1, polling_interval_sec=POLLING_SECONDS, on_conflict="always_update")
     # DBOS itself waits, longer and longer, for a database that is away; who looks after the workers must not.
     client = DBOSClient(
-        system_database_url=impatient(database_url),
+        system_database_url=connection_url(database_url),
         serializer=SERIALIZER,
         application_name=APPLICATION,
         retry_connection_errors=False,

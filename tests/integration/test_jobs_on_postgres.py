@@ -17,6 +17,7 @@ from service.errors import JobsUnavailable
 from service.jobs.client import JobClient
 from service.jobs.database import APPLICATION, SERIALIZER
 from service.jobs.idempotency import new_job_id
+from service.jobs.presence import presence_of
 from service.jobs.types import JobSpec, JobState
 from tests.support.admin import Admin, children_named
 from tests.support.postgres import running_postgres
@@ -265,3 +266,27 @@ def test_only_job_routes_miss_the_database(postgres, tmp_path):
         assert server.status("/health/ready") == 200
         postgres.start()
         assert admin.call("GET", "/admin/jobs")[0] == 200
+
+
+def test_a_database_that_knows_no_encoding_serves(postgres):
+    """What initdb makes where no locale is set; psycopg would return its text as bytes."""
+    name = "plain"
+    with psycopg.connect(postgres.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+    url = f"{postgres.url.rpartition('/')[0]}/{name}"
+    presence = presence_of(url, "one")
+    assert presence.take()
+    presence.leave()
+
+    async def submitted():
+        client = JobClient(url)
+        await client.start()
+        job_id = new_job_id()
+        config = tiny_config("größe", "gptq").to_dict()
+        spec = JobSpec(name="größe", artifact="größe", folder=job_id, config=config, evaluation=None, load=False)
+        await client.submit(job_id, spec)
+        job = await client.get(job_id)
+        await client.stop()
+        return job
+
+    assert asyncio.run(submitted()).name == "größe"

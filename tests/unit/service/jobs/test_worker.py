@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.jobs.database import impatient
+from service.jobs.database import connection_url
 from service.jobs.measuring import Census, JobObserver
 from service.jobs.presence import FilePresence
 from service.jobs.recovery import Reaper, RunningJob
@@ -107,8 +107,8 @@ def test_what_a_worker_cannot_do_is_refused(arguments, monkeypatch, capsys):
 
 def test_a_silent_database_is_given_up_on():
     """Settings for it go into the URL, unless they are there; a file needs none."""
-    assert impatient("sqlite:////a/jobs.db") == "sqlite:////a/jobs.db"
-    url = impatient("postgresql://me:p%40ss@db/onebit?connect_timeout=60&sslmode=require")
+    assert connection_url("sqlite:////a/jobs.db") == "sqlite:////a/jobs.db"
+    url = connection_url("postgresql://me:p%40ss@db/onebit?connect_timeout=60&sslmode=require")
     assert url.startswith("postgresql://me:p%40ss@db/onebit?")
     assert "connect_timeout=60" in url
     assert "tcp_user_timeout=10000" in url
