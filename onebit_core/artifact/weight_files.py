@@ -119,6 +119,7 @@ def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _parts(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield name and slice of every tensor of a file."""
     try:
+        file.open("rb").close()  # says what is wrong; safetensors calls every file it may not read missing
         with safe_open(file, framework="pt") as reader:
             yield from ((name, reader.get_slice(name)) for name in reader.keys())  # noqa: SIM118  (not iterable)
     except (SafetensorError, OSError) as error:

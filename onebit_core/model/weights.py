@@ -124,6 +124,7 @@ class WeightStore:
     def _reader(self, file: Path) -> Any:
         if file not in self._readers:
             try:
+                file.open("rb").close()  # says what is wrong; safetensors calls every file it may not read missing
                 self._readers[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UnsupportedModel(f"{file}: not a readable safetensors file ({error})") from error

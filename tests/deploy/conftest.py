@@ -78,7 +78,8 @@ def deployment(
 ) -> Iterator[Deployment]:
     """`--profile cpu --profile observability`, from nothing: first start, then the server, then Prometheus."""
     sources = tmp_path_factory.mktemp("sources")
-    save_tiny_model(sources / "llama")
+    for file in save_tiny_model(sources / "llama").iterdir():
+        file.chmod(0o644)  # transformers lets nobody else read weights, and the worker is user 10001
     sources.chmod(0o755)
     variables = {
         "SOURCES": str(sources),

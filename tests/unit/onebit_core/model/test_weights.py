@@ -1,7 +1,9 @@
 """What is read of an original: what is asked for, from one file or many, and not held longer than needed."""
 
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,22 @@ def test_a_tensor_that_is_wrong_is_found_when_a_model_is_opened(sharded, damage)
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UnsupportedModel, match=name):
         open_original(str(sharded))
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing():
+    """Transformers saves them for their owner alone; whoever else quantizes is told so."""
+    with tempfile.TemporaryDirectory() as name:
+        file = sorted(write_model(Path(name) / "model", SHAPE).glob("*.safetensors"))[1]
+        for folder in (file.parent, file.parent.parent):
+            folder.chmod(0o755)
+        for other in file.parent.iterdir():
+            other.chmod(0o644)
+        file.chmod(0)
+        owner = os.geteuid()
+        if owner == 0:
+            os.seteuid(65534)  # root may read everything
+        try:
+            with pytest.raises(UnsupportedModel, match=f"{file.name}.*Permission denied"):
+                open_original(file.parent)
+        finally:
+            os.seteuid(owner)
