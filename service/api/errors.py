@@ -77,6 +77,7 @@ DESCRIPTIONS: Mapping[int, str] = {
     409: "It exists already, or is in a state that does not allow this.",
     413: "The body is over the limit.",
     429: "The queue is full, or the key over its rate; Retry-After says when to try again.",
+    431: "The head of the request, which holds its path and query, is over the limit.",
     500: "A fault of the server.",
     503: "The engine is loading, restarting or shutting down; Retry-After says when to try again.",
 }

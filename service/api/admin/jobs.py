@@ -15,6 +15,7 @@ from service.api.admin.schemas import QuantizeBody
 from service.api.dependencies import JobsDep, SettingsDep
 from service.api.errors import declared_errors
 from service.api.guard import BEARER, AdminRoute
+from service.api.openapi import event_stream
 from service.errors import Conflict
 from service.jobs.idempotency import HEADER, new_job_id, read_key
 from service.jobs.log_file import MAX_BYTES, MAX_LINES, read_log
@@ -29,9 +30,6 @@ router = APIRouter(
     responses=declared_errors(401, 403, 500, 503),
 )
 
-EVENT_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
 PLAIN_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
@@ -94,7 +92,9 @@ async def read_job(job_id: str, jobs: JobsDep) -> JobAnswer:
 
 
 @router.get(
-    "/jobs/{job_id}/events", response_class=StreamingResponse, responses={**declared_errors(400, 404), **EVENT_STREAM}
+    "/jobs/{job_id}/events",
+    response_class=StreamingResponse,
+    responses={**declared_errors(400, 404), **event_stream(JobAnswer, is_openai=False)},
 )
 async def follow_job(
     job_id: str, jobs: JobsDep, last_event_id: Annotated[str | None, Header(max_length=64)] = None

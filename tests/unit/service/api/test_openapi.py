@@ -54,8 +54,20 @@ def test_streams_are_declared(document):
     for path in ("/v1/completions", "/v1/chat/completions"):
         content = document["paths"][path]["post"]["responses"]["200"]["content"]
         assert set(content) == {"application/json", "text/event-stream"}
-        name = content["text/event-stream"]["x-event"]["$ref"].rpartition("/")[2]
-        assert "choices" in document["components"]["schemas"][name]["properties"]
+        data = content["text/event-stream"]["itemSchema"]["properties"]["data"]["anyOf"]
+        assert data[0]["const"] == "[DONE]"
+        chunk, error = (
+            document["components"]["schemas"][name.rpartition("/")[2]]["properties"] for name in references(data[1])
+        )
+        assert "choices" in chunk
+        assert "error" in error
+
+
+def test_a_job_is_followed_by_events(document):
+    """Each is the job; there is no other answer and no word at the end."""
+    content = document["paths"]["/admin/jobs/{job_id}/events"]["get"]["responses"]["200"]["content"]
+    (media,) = content.values()
+    assert list(references(media)) == ["#/components/schemas/JobAnswer"]
 
 
 def references(node):
