@@ -13,11 +13,13 @@ import random
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 import httpx2
 import psutil
 import pytest
 
+from benchmarks.kernel_bench.device import device_name
 from benchmarks.kernel_bench.results import write_table
 from onebit_core.errors import ModelNotFound
 from onebit_core.model.sample import sample_model_path
@@ -48,6 +50,8 @@ class Window:
     """What one window saw, and what the server held at its end.
 
     Attributes:
+        device: processor with its instruction sets.
+        date: of the window's end, UTC.
         seconds: since the start.
         answers: whole ones.
         left: streams that the client closed early.
@@ -57,6 +61,8 @@ class Window:
         others: share of the machine's processors that something else than this test used.
     """
 
+    device: str
+    date: str
     seconds: float
     answers: int
     left: int
@@ -168,6 +174,8 @@ def measured(
     times, left = sorted(taken[0]), taken[1]
     main = psutil.Process(server.pid)
     return Window(
+        device=device_name("cpu"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - started, 1),
         answers=len(times),
         left=left,

@@ -39,7 +39,7 @@ expected-statuses = [400, 401, 403, 404, 405, 406, 409, 413, 415, 422, 428, 429,
 include-path = "/admin/models/{name}"
 include-method = "DELETE"
 [operations.checks.negative_data_rejection]
-enabled = false
+expected-statuses = [200, 400, 401, 404, 409, 431]
 """
 """A path that is too long for the head is refused, too."""
 EXAMPLES = 6
