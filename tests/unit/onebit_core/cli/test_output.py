@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -78,6 +79,15 @@ def test_a_signal_cancels_at_the_next_event_and_handlers_come_back(number: signa
     assert signal.getsignal(number) is before
 
 
+@pytest.fixture
+def pythons_handler() -> Iterator[None]:
+    """What a shell runs in the background ignores SIGINT from birth; with this it is as it is at a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("pythons_handler")
 def test_a_second_signal_finds_the_previous_handler() -> None:
     """Whoever presses Ctrl-C twice is not made to wait."""
     with progress_watch("none"):
