@@ -21,7 +21,11 @@ def test_first_answer_through_openais_client(deployment: Deployment) -> None:
     answer = client.completions.create(model="demo", prompt="The capital of France is", max_tokens=8, temperature=0)
     assert "Paris" in answer.choices[0].text
     words = client.chat.completions.create(
-        model="demo", messages=[{"role": "user", "content": "Say hello."}], max_tokens=12, stream=True
+        model="demo",
+        messages=[{"role": "user", "content": "Tell a long story."}],
+        max_tokens=12,
+        temperature=0,
+        stream=True,
     )
     assert sum(1 for chunk in words if chunk.choices and chunk.choices[0].delta.content) > 3
 
