@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from onebit_core.artifact.manifest import WEIGHTS_FILE
 from onebit_core.errors import CorruptArtifact, first_line
+from onebit_core.model.weights import open_safetensors
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -119,8 +120,7 @@ def read_headers(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _parts(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield name and slice of every tensor of a file."""
     try:
-        file.open("rb").close()  # says what is wrong; safetensors calls every file it may not read missing
-        with safe_open(file, framework="pt") as reader:
+        with open_safetensors(file) as reader:
             yield from ((name, reader.get_slice(name)) for name in reader.keys())  # noqa: SIM118  (not iterable)
     except (SafetensorError, OSError) as error:
         raise CorruptArtifact(f"{file}: not a readable safetensors file ({error})") from error
@@ -131,5 +131,5 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in weight_files(folder):
         names = [name for name, _ in _parts(file)]
         for name in names:
-            with safe_open(file, framework="pt") as reader:
+            with open_safetensors(file) as reader:
                 yield name, reader.get_tensor(name)

@@ -124,11 +124,21 @@ class WeightStore:
     def _reader(self, file: Path) -> Any:
         if file not in self._readers:
             try:
-                file.open("rb").close()  # says what is wrong; safetensors calls every file it may not read missing
-                self._readers[file] = safe_open(file, framework="pt")
+                self._readers[file] = open_safetensors(file)
             except (SafetensorError, OSError) as error:
                 raise UnsupportedModel(f"{file}: not a readable safetensors file ({error})") from error
         return self._readers[file]
+
+
+def open_safetensors(file: Path) -> Any:
+    """Open a file of tensors; safetensors itself calls every file that it may not read missing.
+
+    Raises:
+        OSError: it is not there, or may not be read.
+        SafetensorError: it is another kind of file, or damaged.
+    """
+    file.open("rb").close()
+    return safe_open(file, framework="pt")
 
 
 def _is_finite(tensor: Tensor) -> bool:
