@@ -4,16 +4,17 @@ Logits of a whole window are the largest tensor of an evaluation: 2048 positions
 are 1 GiB in float32. So the decoder runs once over the window, its hidden states are kept (they are small), and
 the head is applied to a slice of positions whenever one is asked for.
 
-Some architectures do something to the logits after the head (Gemma caps them, Granite and Cohere scale them).
-Rather than keep a list of those, a reader tries both ways on a few tokens once; unless they agree to the last
-bit, it falls back to the model's own complete logits, which costs memory but is always right.
+Where an architecture does something to the logits after the head, a reader falls back to the model's own complete
+logits (onebit_core.model.head), which costs memory but is always right.
 
 Shape suffixes: B = sequences, T = positions, V = vocabulary, H = hidden size, N = chosen positions.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from onebit_core.model.head import plain_head
 
 PROBE_TOKENS = 8
 
@@ -29,7 +30,7 @@ class LogitsReader:
             probe_T: int64 token ids to try it on.
         """
         self._model = model
-        self._head = _plain_head(model, probe_T[:PROBE_TOKENS].to(model.device))
+        self._head = plain_head(model, probe_T[:PROBE_TOKENS].to(model.device))
         self._states_TH: Tensor = torch.empty(0)
 
     @property
@@ -69,16 +70,3 @@ class LogitsReader:
     def _logits(self, states: Tensor) -> Tensor:
         """Apply the head, unless the model's own logits are what was kept."""
         return (states if self._head is None else self._head(states)).float()
-
-
-@torch.inference_mode()
-def _plain_head(model: PreTrainedModel, tokens_T: Tensor) -> nn.Module | None:
-    """Return the head, if the logits are the head of the decoder's last hidden state and nothing else."""
-    head: nn.Module | None = model.get_output_embeddings()
-    if head is None or model.base_model is model:
-        return None
-    complete = model(input_ids=tokens_T[None], use_cache=False).logits
-    states = model.base_model(input_ids=tokens_T[None], use_cache=False)[0]
-    in_two_steps = head(states)
-    same = in_two_steps.shape == complete.shape and torch.equal(in_two_steps, complete)
-    return head if same else None

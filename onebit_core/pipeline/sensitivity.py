@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from onebit_core.calibration.statistics import InputStatistics, StatisticsAccumulator
 from onebit_core.model.blocks import Groups, linear_of
 from onebit_core.model.loading import OriginalModel
+from onebit_core.model.stand_ins import given_hidden
 from onebit_core.pipeline.capture import CapturedInputs
-from onebit_core.reconstruction.distillation import given_hidden
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from onebit_core.calibration.sampling import evenly
+from onebit_core.latents import LATENTS, Latent
 from onebit_core.layers import QuantizedLinear
 from onebit_core.model.replace import replace_module
-from onebit_core.reconstruction.composed import LATENTS
 from onebit_core.reconstruction.config import ReconstructionConfig
-from onebit_core.reconstruction.latents import Latent
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 """(block, hidden [B, T, D]) to the block's output [B, T, D]."""

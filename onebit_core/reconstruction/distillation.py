@@ -12,21 +12,16 @@ Shape suffixes: S = samples, T = tokens, D = hidden size, V = vocabulary.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from onebit_core.calibration.sampling import evenly
-from onebit_core.layers import quantized_layers
-from onebit_core.model.replace import replace_module
+from onebit_core.latents.student import scales_in_training
+from onebit_core.model.stand_ins import given_hidden, recomputed
 from onebit_core.reconstruction.block import ADAM_BETAS, cosine
-from onebit_core.reconstruction.composed import LATENTS
 from onebit_core.reconstruction.config import DISTILL_SAMPLES, ReconstructionConfig
-from onebit_core.reconstruction.latents import Latent
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +50,8 @@ def distill_scales(
     places = evenly(len(samples[0]), DISTILL_SAMPLES)
     ids_ST, hidden_STD = samples = (samples[0][places], samples[1][places])
     model.requires_grad_(requires_grad=False)
-    with trainable(blocks) as latents, _recomputed(blocks):
+    with scales_in_training(blocks) as by_name, recomputed(blocks):
+        latents = list(by_name.values())
         optimizer = torch.optim.Adam(
             [value for latent in latents for value in latent.factors()], lr=config.distill_rate, betas=ADAM_BETAS
         )
@@ -93,76 +89,6 @@ def divergence(wanted_BTV: Tensor, logits_BTV: Tensor) -> Tensor:
     wanted = wanted_BTV.float().log_softmax(-1).flatten(0, -2)
     found = logits_BTV.float().log_softmax(-1).flatten(0, -2)
     return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
-
-
-@contextmanager
-def trainable(blocks: nn.ModuleList) -> Iterator[list[Latent]]:
-    """Put latents with trainable scales in the places of quantized layers; pack them again at the end."""
-    latents: dict[str, Latent] = {}
-    try:
-        for name, layer in list(quantized_layers(blocks)):
-            latents[name] = LATENTS[layer.spec.format](layer, layer.base_weight())
-            replace_module(blocks, name, latents[name])
-            for value in latents[name].latents():
-                value.requires_grad = False
-        yield list(latents.values())
-    finally:
-        for name, latent in latents.items():
-            replace_module(blocks, name, latent.harden())
-
-
-class _StandIn(nn.Module):
-    """Stands in the place of a block; attributes that models ask blocks for are the block's."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-
-class _Recomputed(_StandIn):
-    """Runs its block, and again in the backward pass, in place of keeping what is in between."""
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self.__dict__["block"], hidden, *args, use_reentrant=False, **kwargs)
-
-
-class _Given(_StandIn):
-    """Returns hidden states that are known, whatever comes in."""
-
-    def __init__(self, block: nn.Module, hidden: Tensor | None) -> None:
-        super().__init__(block)
-        self.__dict__["hidden"] = hidden
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        del args, kwargs
-        given = self.__dict__["hidden"]
-        return hidden if given is None else given
-
-
-@contextmanager
-def _in_places(blocks: nn.ModuleList, stand_ins: list[nn.Module]) -> Iterator[None]:
-    """Put modules in the places of blocks for a while."""
-    real = list(blocks)
-    for index, module in enumerate(stand_ins):
-        blocks[index] = module
-    try:
-        yield
-    finally:
-        for index, block in enumerate(real):
-            blocks[index] = block
-
-
-def _recomputed(blocks: nn.ModuleList) -> Any:
-    return _in_places(blocks, [_Recomputed(block) for block in blocks])
-
-
-def given_hidden(blocks: nn.ModuleList, hidden: Tensor) -> Any:
-    """Let the model end with the given hidden states in place of computing them."""
-    last = len(blocks) - 1
-    return _in_places(blocks, [_Given(block, hidden if i == last else None) for i, block in enumerate(blocks)])
 
 
 def _both_logits(model: nn.Module, blocks: nn.ModuleList, ids_T: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:

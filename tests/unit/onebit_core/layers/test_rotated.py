@@ -9,6 +9,7 @@ import torch
 
 from onebit_core.errors import ConfigError
 from onebit_core.kernels import packed_backend
+from onebit_core.latents import LATENTS
 from onebit_core.layers import (
     GroupedIntLinear,
     LayerSpec,
@@ -24,7 +25,6 @@ from onebit_core.layers import (
 from onebit_core.layers.rotated import rotate, rotate_back, rotation_block
 from onebit_core.methods import METHODS
 from onebit_core.pipeline.rotation import quantize_weight, rotated_statistics
-from onebit_core.reconstruction.composed import LATENTS
 from tests.support.backends import CPU_BACKENDS
 
 ROWS = 21

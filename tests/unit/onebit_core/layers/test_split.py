@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from onebit_core.errors import BackendUnavailable, ConfigError, CorruptArtifact
+from onebit_core.latents import LATENTS
+from onebit_core.latents.student import scales_in_training
 from onebit_core.layers import (
     FactorLinear,
     GroupedIntLinear,
@@ -23,8 +25,6 @@ from onebit_core.layers import (
     release_stored,
     use_backend,
 )
-from onebit_core.reconstruction.composed import LATENTS
-from onebit_core.reconstruction.distillation import trainable
 from tests.support.backends import CPU_BACKENDS
 
 ROWS = 37
@@ -326,9 +326,9 @@ def test_training_the_scales_reaches_the_parts():
     blocks = nn.ModuleList([Attention()])
     layer = blocks[0].q
     before = [part.dequantize() for part in layer.parts]
-    with trainable(blocks) as latents, torch.no_grad():
+    with scales_in_training(blocks) as latents, torch.no_grad():
         assert len(latents) == 3
-        for value in latents[0].factors():
+        for value in latents["0.q"].factors():
             value += 0.25
     assert blocks[0].q is layer
     for part, old in zip(layer.parts, before, strict=True):

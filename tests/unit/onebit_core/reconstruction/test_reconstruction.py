@@ -8,12 +8,12 @@ from torch import nn
 
 from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.errors import ConfigError
+from onebit_core.latents import LATENTS
+from onebit_core.latents.straight_through import sign_through
 from onebit_core.layers import SalientWeights, SignLinear
 from onebit_core.methods import METHODS
 from onebit_core.reconstruction import ReconstructionConfig, reconstruct_block
 from onebit_core.reconstruction.block import block_loss
-from onebit_core.reconstruction.composed import LATENTS
-from onebit_core.reconstruction.latents import sign_through
 
 SETTINGS = {
     "gptq": {"bits": 3, "group_size": 16},

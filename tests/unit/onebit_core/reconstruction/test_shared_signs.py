@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
+from onebit_core.latents.shared_signs import SharedSignLatent, sign_latent
+from onebit_core.latents.sign import SignLatent
 from onebit_core.layers import SignLinear
 from onebit_core.methods.svid import SvidConfig, quantize_svid
-from onebit_core.reconstruction.latents import SignLatent
-from onebit_core.reconstruction.shared_signs import SharedSignLatent, sign_latent
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onebit_core.latents.base import Latent
+from onebit_core.latents.grouped_int import IntLatent
+from onebit_core.latents.lut import LutLatent
+from onebit_core.latents.shared_signs import sign_latent
+from onebit_core.latents.sign import FactorLatent
 from onebit_core.layers import QuantizedLinear, RotatedLinear, SplitLinear
 from onebit_core.layers.rotated import rotate, rotate_back
-from onebit_core.reconstruction.latents import FactorLatent, IntLatent, Latent, LutLatent
-from onebit_core.reconstruction.shared_signs import sign_latent
 
 
 class SplitLatent(Latent):

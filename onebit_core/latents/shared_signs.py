@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from onebit_core.kernels import expand_groups, unpack_signs
+from onebit_core.latents.base import Latent
+from onebit_core.latents.lut import CELL_MARGIN, LEVEL_SHARE
+from onebit_core.latents.sign import SignLatent
 from onebit_core.layers import QuantizedLinear, SignLinear
 from onebit_core.layers.grid import round_to_float16
 from onebit_core.layers.sums import nearest_sum, signs_of, sum_of
-from onebit_core.reconstruction.latents import CELL_MARGIN, LEVEL_SHARE, Latent, SignLatent
 
 
 def sign_latent(layer: SignLinear, weight_OI: Tensor) -> Latent:
@@ -79,6 +81,10 @@ class SharedSignLatent(SignLatent):
         scales_POI = self._plane_scales(scales)
         through_OI = (self.latent_OI - self.latent_OI.detach()) * self.unit_OI
         return (self._signs(scales_POI) * scales_POI).sum(0) + self._shift(scales) + through_OI
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply; [..., I] to [..., O]."""
+        return Latent.forward(self, x)
 
     def write(self, layer: QuantizedLinear) -> None:
         """Pack signs and scales."""

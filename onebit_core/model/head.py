@@ -1,0 +1,24 @@
+"""Whether a model's logits are its head applied to the decoder's last hidden state, and nothing else.
+
+Some architectures do something to the logits after the head (Gemma caps them, Granite and Cohere scale them). Rather
+than keep a list of those, both ways are tried on a few tokens.
+
+Shape suffixes: T = positions.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@torch.inference_mode()
+def plain_head(model: PreTrainedModel, tokens_T: Tensor) -> nn.Module | None:
+    """Return the head, if the logits are the head of the decoder's last hidden state and nothing else."""
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return None
+    complete = model(input_ids=tokens_T[None], use_cache=False).logits
+    states = model.base_model(input_ids=tokens_T[None], use_cache=False)[0]
+    in_two_steps = head(states)
+    same = in_two_steps.shape == complete.shape and torch.equal(in_two_steps, complete)
+    return head if same else None
