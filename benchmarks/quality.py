@@ -29,6 +29,7 @@ from benchmarks.quality_table import markdown
 from onebit_core.artifact.manifest import EvaluationResult, Manifest, Report
 from onebit_core.artifact.reader import load_model, read_manifest, read_report
 from onebit_core.artifact.writer import update_report
+from onebit_core.calibration.sources import BUILTIN
 from onebit_core.cli.evaluate import parse_texts
 from onebit_core.cli.output import progress_watch
 from onebit_core.errors import ConfigError, OnebitError
@@ -40,6 +41,7 @@ from onebit_core.model.loading import load_original
 from onebit_core.model.sample import sample_model_path
 from onebit_core.pipeline.config import CalibrationConfig, QuantizeConfig
 from onebit_core.pipeline.run import quantize_model
+from onebit_core.pipeline.train_artifact import TrainArtifactConfig, train_artifact
 from onebit_core.progress import Watch
 from onebit_core.reconstruction import ReconstructionConfig
 
@@ -118,6 +120,8 @@ def _quantized(row: Row, options: argparse.Namespace, device: str, watch: Watch)
         ConfigError: the earlier run made it with other settings.
     """
     out: Path = options.work / row.name
+    if row.start is not None:
+        return _trained(row, row.start, options, device, watch)
     config = _config_of(row, options, device)
     if out.exists():
         manifest = read_manifest(out)
@@ -132,6 +136,31 @@ def _quantized(row: Row, options: argparse.Namespace, device: str, watch: Watch)
     print(f"{row.name}: quantizing", file=sys.stderr)
     unfinished = options.work / ".unfinished" / row.name
     quantize_model(config, out, watch=watch, work=unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return out
+
+
+def _trained(row: Row, start: str, options: argparse.Namespace, device: str, watch: Watch) -> Path:
+    """Return the artifact of a row that is another row's, trained.
+
+    Raises:
+        ConfigError: an earlier run made it with other settings.
+    """
+    out: Path = options.work / row.name
+    (before,) = choose_rows([start])
+    artifact = _quantized(before, options, device, watch)
+    training = {"tokens": options.tokens, "text": options.calibration or [BUILTIN], **row.training}
+    config = TrainArtifactConfig.from_dict(
+        {"artifact": str(artifact), "original": options.model, "training": training, "name": row.name, "device": device}
+    )
+    if out.exists():
+        made = read_manifest(out).training
+        if any(made[key] != value for key, value in config.training.to_dict().items() if value is not None):
+            raise ConfigError(f"{out}: made by an earlier run with other settings; remove it or choose another --work")
+        return out
+    print(f"{row.name}: training {start}", file=sys.stderr)
+    unfinished = options.work / ".unfinished" / row.name
+    train_artifact(config, out, watch=watch, work=unfinished)
     shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
@@ -193,6 +222,7 @@ def line_of(manifest: Manifest, report: Report, result: EvaluationResult) -> dic
         "settings": json.dumps(manifest.settings, sort_keys=True),
         "reconstruction": json.dumps(manifest.reconstruction, sort_keys=True) if manifest.reconstruction else "",
         "allocation": manifest.allocation.get("bits", ""),
+        "training": json.dumps(_without_folders(manifest.training), sort_keys=True) if manifest.training else "",
         "true_bits_linear": round(manifest.bits.linear_true, 4),
         "nominal_bits_linear": round(manifest.bits.linear_nominal, 4),
         "whole_model_bits": round(manifest.bits.whole_model, 4),
@@ -214,6 +244,7 @@ def line_of(manifest: Manifest, report: Report, result: EvaluationResult) -> dic
         "top1": _digits(result.top1_agreement),
         "top1_se": _digits(result.top1_standard_error),
         "quantize_seconds": report.seconds.get("quantize", ""),
+        "train_seconds": report.seconds.get("train", ""),
         "calibration": json.dumps(_without_folders(manifest.calibration), sort_keys=True),
         "device": f"{result.device}, {psutil.cpu_count(logical=False)} cores, {result.dtype}",
         "date": result.date,
@@ -236,13 +267,13 @@ def _digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _without_folders(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """Name calibration texts by file name: the folders they lie in mean nothing elsewhere."""
-    changed: dict[str, Any] = {"text": [Path(text).name for text in calibration.get("text", [])]}
-    for key, value in calibration.items():
+def _without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Name texts by file name: the folders they lie in mean nothing elsewhere."""
+    changed: dict[str, Any] = {"text": [Path(text).name for text in record.get("text", [])]}
+    for key, value in record.items():
         if isinstance(value, Mapping):  # by text
             changed[key] = {Path(text).name: one for text, one in value.items()}
-    return {key: changed.get(key, value) for key, value in calibration.items()}
+    return {key: changed.get(key, value) for key, value in record.items()}
 
 
 def _file_of(options: argparse.Namespace) -> Path:

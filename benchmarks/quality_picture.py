@@ -107,7 +107,9 @@ def panels_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mark]]:
 
 def is_ours(line: Mapping[str, Any]) -> bool:
     """Tell our way of doing it from the published one."""
-    return line["method"] in OURS or any(line.get(how) not in (None, "") for how in ("reconstruction", "allocation"))
+    return line["method"] in OURS or any(
+        line.get(how) not in (None, "") for how in ("reconstruction", "allocation", "training")
+    )
 
 
 def frontier(marks: Sequence[Mark]) -> list[Mark]:
