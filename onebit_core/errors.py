@@ -8,6 +8,7 @@ OnebitError
 │   ├── BadWeight              a weight is NaN or infinite
 │   └── NotEnoughMemory        the plan needs more memory than the machine has free
 ├── CalibrationError       the text is missing, unreadable or too short, or its activations find no room on disk
+├── TrainingError          the loss is not finite
 ├── EvaluationError        the evaluation text cannot be used
 ├── ArtifactError
 │   ├── UnsupportedFormat      written by a newer version, or not an artifact
@@ -55,6 +56,10 @@ class CalibrationError(OnebitError):
 
 class TooLittleText(CalibrationError):
     """The calibration text is too short for the windows wanted."""
+
+
+class TrainingError(OnebitError):
+    """A training cannot go on."""
 
 
 class EvaluationError(OnebitError):

@@ -19,7 +19,7 @@ class ProgressEvent:
     """One step of a stage.
 
     Attributes:
-        stage: load, write text, spread, calibrate, quantize, distill, write or evaluate.
+        stage: load, write text, spread, calibrate, quantize, distill, train, write or evaluate.
         done: finished units of the stage, 0 to total.
         total: units in all (blocks, windows, tensors).
         detail: JSON-ready figures of the unit just finished, such as block and relative_error.

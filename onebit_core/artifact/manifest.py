@@ -78,6 +78,7 @@ class Manifest(StrictConfig):
         calibration: sources with their fingerprints and what each covers (the whole "text", or the token ids of the
             "windows" drawn), weights, samples, tokens, seed and first token weight; empty if none was needed.
         reconstruction: how blocks were trained after their layers were quantized; empty if they were not.
+        training: how all layers were trained together afterwards, on what, and how far; empty if they were not.
         rotation: whether linears were quantized behind a rotation of their inputs: off, auto (some) or all.
         allocation: how bits were spread over layers, and the settings of those that differ; empty if none does.
         versions: of onebit, torch, transformers and Python.
@@ -100,6 +101,7 @@ class Manifest(StrictConfig):
     bytes_by_part: dict[str, int]
     sha256: str
     reconstruction: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     rotation: str = "off"
     golden_sha256: str = ""
@@ -238,9 +240,19 @@ class TaskResult(StrictConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(StrictConfig):
-    """What was measured about an artifact: per layer while quantizing, per text and per task afterwards."""
+    """What was measured about an artifact: per layer while quantizing, per text and per task afterwards.
+
+    Attributes:
+        layers: one entry a quantized linear, as it was before a training.
+        seconds: by stage.
+        evaluation: one entry a text.
+        tasks: one entry a task.
+        training: the learning curve, one entry a look at the held-out windows: step, tokens trained on, held_out_kl
+            (nats per token), seconds, and means over the steps since the look before: kl, hidden.
+    """
 
     layers: tuple[LayerReport, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     evaluation: tuple[EvaluationResult, ...] = ()
     tasks: tuple[TaskResult, ...] = ()
+    training: tuple[dict[str, float], ...] = ()

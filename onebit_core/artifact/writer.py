@@ -63,6 +63,7 @@ class ArtifactDraft:
         nominal_bits: what the method's paper would advertise.
         calibration: as it goes into the manifest.
         reconstruction: as it goes into the manifest.
+        training: likewise.
         allocation: likewise.
         rotation: likewise.
         embedding_bits: 4, 8 or 16.
@@ -76,6 +77,7 @@ class ArtifactDraft:
     nominal_bits: float
     calibration: dict[str, Any]
     reconstruction: dict[str, Any]
+    training: dict[str, Any]
     allocation: dict[str, Any]
     rotation: str
     embedding_bits: int
@@ -244,6 +246,7 @@ def _manifest(original: OriginalModel, draft: ArtifactDraft, parts: dict[str, in
         ),
         calibration=draft.calibration,
         reconstruction=draft.reconstruction,
+        training=draft.training,
         allocation=draft.allocation,
         rotation=draft.rotation,
         versions=current_versions(),

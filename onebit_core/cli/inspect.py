@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -41,6 +41,17 @@ def _write(file: Path, page: str) -> None:
         raise ConfigError(f"--html {file}: cannot be written: {error.strerror}") from error
 
 
+def _training_note(training: dict[str, Any]) -> str:
+    """Say how long all layers were trained together, and what that brought."""
+    if not training:
+        return "none"
+    before, after = training["held_out_kl"]
+    return (
+        f"{training['steps_taken']} steps of {training['batch']} windows of {training['tokens']} tokens, "
+        f"best at step {training['best_step']}: KL on windows held out {before:.3f} to {after:.3f} nats per token"
+    )
+
+
 def _golden_note(artifact: Path, manifest: Manifest) -> str:
     """Say what a server can check the artifact against; a damaged file is an error here too."""
     golden = read_golden(artifact, manifest)
@@ -58,6 +69,7 @@ def _print_tables(console: Console, artifact: Path, manifest: Manifest, report: 
         "method": manifest.method,
         "settings": ", ".join(f"{key}={value}" for key, value in manifest.settings.items()) or "none",
         "reconstruction": ", ".join(f"{key}={value}" for key, value in manifest.reconstruction.items()) or "none",
+        "training": _training_note(manifest.training),
         "source": f"{source.model} ({source.architecture}, {source.parameters:,} parameters)",
         "source sha256": source.sha256,
         "bits per weight": f"{bits.linear_true:.3f} linears as counted, {bits.linear_nominal:.3f} as advertised, "

@@ -16,6 +16,7 @@ from onebit_core.cli.evaluate import evaluate
 from onebit_core.cli.inspect import inspect
 from onebit_core.cli.output import print_event
 from onebit_core.cli.quantize import methods, quantize
+from onebit_core.cli.train import train
 from onebit_core.cli.tune import tune
 from onebit_core.cli.write_text import write_text
 from onebit_core.errors import Cancelled, OnebitError
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(quantize)
 app.command()(evaluate)
+app.command()(train)
 app.command()(inspect)
 app.command()(methods)
 app.command()(tune)

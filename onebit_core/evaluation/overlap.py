@@ -1,4 +1,4 @@
-"""Whether an artifact is measured on the text that it was calibrated on, which makes it look better than it is.
+"""Whether an artifact is measured on text that it was calibrated or trained on, which makes it look better than it is.
 
 Compared are the files that both read, as far as they are here, and the fingerprints of whole texts, which also find
 the same text under another name. Where both name the same files, the fingerprint of the whole text decides if there
@@ -15,23 +15,32 @@ from onebit_core.calibration.sources import read_text, source_files
 from onebit_core.errors import CalibrationError
 
 
-def calibration_overlap(calibration: Mapping[str, Any], source: str) -> str | None:
-    """Say that a source was calibrated on.
+def known_text(calibration: Mapping[str, Any], training: Mapping[str, Any], source: str) -> str | None:
+    """Say that a source was calibrated or trained on.
 
     Args:
         calibration: what the manifest says about calibration.
+        training: what it says about training.
         source: an evaluation text that can be read.
 
     Returns:
         One sentence, or None if no overlap is known.
     """
-    fingerprints = calibration.get("fingerprints", {})
-    covers = calibration.get("fingerprint_covers", {})
+    for record, word in ((calibration, "calibrated"), (training, "trained")):
+        name = _overlap(record, source)
+        if name is not None:
+            return f"the model was {word} on this text ({name}): the figures are better than on other text"
+    return None
+
+
+def _overlap(record: Mapping[str, Any], source: str) -> str | None:
+    """Return the name of a recorded text that the source is."""
+    fingerprints, covers = record.get("fingerprints", {}), record.get("fingerprint_covers", {})
     fingerprint = hashlib.sha256(read_text(source).encode()).hexdigest()
     for name, known in fingerprints.items():
         is_decided = covers.get(name, "text") == "text" and _is_one_file(name, source)
         if known == fingerprint or (not is_decided and overlapping_sources([name], [source])):
-            return f"the model was calibrated on this text ({name}): the figures are better than on other text"
+            return str(name)
     return None
 
 

@@ -10,7 +10,7 @@ matplotlib comes with the extra `eval`; it is imported here only when a picture 
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,26 @@ SETTINGS: Any = {
 }
 
 Draw = Callable[[Any], None]
+
+
+def learning_curve(entries: Sequence[Mapping[str, float]]) -> str:
+    """Draw how a training went: KL on the windows held out, and on those trained on, against tokens."""
+
+    def draw(axes: Any) -> None:
+        lines = (("held_out_kl", "held out", COLOURS[0]), ("kl", "trained on", COLOURS[7]))
+        for key, label, colour in lines:
+            known = [entry for entry in entries if key in entry]
+            tokens = [entry["tokens"] for entry in known]
+            axes.plot(tokens, [entry[key] for entry in known], marker=".", color=colour, label=label)
+        best = min(entries, key=lambda entry: entry["held_out_kl"])
+        axes.plot([best["tokens"]], [best["held_out_kl"]], marker="o", color=COLOURS[1], linestyle="none", label="kept")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("KL, nats per token")
+        axes.grid(axis="y")
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.0, handlelength=1.0)
+
+    return _svg(draw, width=9.4, height=2.8)
 
 
 def layer_errors(layers: Sequence[LayerReport]) -> str:

@@ -45,6 +45,7 @@ def render_page(manifest: Manifest, report: Report) -> str:
         "bits": plots.bits_per_weight(manifest),
         "bytes": plots.bytes_by_part({part.name: part.size_bytes for part in parts}),
         "layers": plots.layer_errors(report.layers) if report.layers else "",
+        "training": plots.learning_curve(report.training) if report.training else "",
         "perplexity": plots.perplexities(report.evaluation) if report.evaluation else "",
         "divergence": plots.divergences(report.evaluation) if report.evaluation else "",
         "tasks": plots.accuracies(report.tasks) if report.tasks else "",

@@ -20,7 +20,7 @@ from onebit_core.artifact.writer import update_report
 from onebit_core.config import StrictConfig
 from onebit_core.errors import EvaluationError, first_line
 from onebit_core.evaluation.compare import evaluate_models
-from onebit_core.evaluation.overlap import calibration_overlap
+from onebit_core.evaluation.overlap import known_text
 from onebit_core.evaluation.windows import read_windows
 from onebit_core.kernels import resolve_device
 from onebit_core.model.loading import find_folder, load_original
@@ -84,7 +84,7 @@ def evaluate_artifact(artifact: Path, config: EvaluateConfig, watch: Watch | Non
         read_windows(name, text, loaded.tokenizer, windows=config.windows, window_tokens=config.window_tokens)
         for name, text in config.texts.items()
     ]
-    warnings = {name: calibration_overlap(manifest.calibration, text) for name, text in config.texts.items()}
+    warnings = {name: known_text(manifest.calibration, manifest.training, text) for name, text in config.texts.items()}
     watch.report("load", 1, 2)
     original, _ = load_original(source, device=device, dtype=dtype)
     watch.report("load", 2, 2)

@@ -6,6 +6,7 @@ continues must see the same windows on another device too.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from onebit_core.calibration.sampling import CalibrationTokens, WriteSamples, sa
 from onebit_core.calibration.self_written import WINDOWS_AT_ONCE, write_windows
 from onebit_core.errors import CalibrationError, ConfigError, NotEnoughMemory, TooLittleText
 from onebit_core.model.loading import OriginalModel, load_original
-from onebit_core.pipeline.config import QuantizeConfig
+from onebit_core.pipeline.config import CalibrationConfig, QuantizeConfig
 from onebit_core.pipeline.resume import load_written, save_written
 from onebit_core.progress import Watch
 
@@ -29,11 +30,25 @@ LOGITS_BYTES = 40
 def calibration_tokens(
     original: OriginalModel, config: QuantizeConfig, *, device: str, work: Path | None, watch: Watch
 ) -> CalibrationTokens:
-    """Get the calibration windows; all ids are rows of the embedding.
+    """Get the calibration windows of a quantization; see draw_windows."""
+    return draw_windows(original, config.calibration, config.sample_counts, device=device, work=work, watch=watch)
+
+
+def draw_windows(
+    original: OriginalModel,
+    calibration: CalibrationConfig,
+    counts: Sequence[int],
+    *,
+    device: str,
+    work: Path | None,
+    watch: Watch,
+) -> CalibrationTokens:
+    """Get windows of text; all ids are rows of the embedding.
 
     Args:
         original: the model.
-        config: of the run.
+        calibration: the texts; its number of samples is not looked at.
+        counts: how many windows are wanted; the next is tried where the text has too few for one.
         device: where the original writes, if it shall.
         work: where what it wrote is kept; None for nowhere.
         watch: told how far the writing is.
@@ -42,18 +57,17 @@ def calibration_tokens(
         CalibrationError: see sample_tokens; or the tokenizer is not the model's.
         NotEnoughMemory: the original shall write, and does not fit.
     """
-    calibration = config.calibration
 
     def write(samples: int) -> Tensor:
         key = f"{original.store.sha256()} {samples} {calibration.tokens} {calibration.seed}"
         ids_ST = load_written(work, key) if work else None
         if ids_ST is None:
-            ids_ST = _write(original, config, samples, device, watch)
+            ids_ST = _write(original, calibration, samples, device, watch)
             if work:
                 save_written(work, ids_ST, key)
         return ids_ST
 
-    tokens = _drawn(original, config, write)
+    tokens = _drawn(original, calibration, counts, write)
     rows, largest = original.config.get_text_config().vocab_size, int(tokens.ids_ST.max())
     if largest >= rows:
         raise CalibrationError(
@@ -63,9 +77,11 @@ def calibration_tokens(
     return tokens
 
 
-def _drawn(original: OriginalModel, config: QuantizeConfig, write: WriteSamples) -> CalibrationTokens:
-    """Draw as many windows as were asked for; without a wish, as many as are usual, or half, if the text has fewer."""
-    calibration, (*more, last) = config.calibration, config.sample_counts
+def _drawn(
+    original: OriginalModel, calibration: CalibrationConfig, counts: Sequence[int], write: WriteSamples
+) -> CalibrationTokens:
+    """Draw the first number of windows that the text has enough for; with the last, too little text is an error."""
+    *more, last = counts
 
     def draw(samples: int) -> CalibrationTokens:
         return sample_tokens(
@@ -78,11 +94,11 @@ def _drawn(original: OriginalModel, config: QuantizeConfig, write: WriteSamples)
             write=write,
         )
 
-    for count in more:
+    for count, fewer in zip(more, counts[1:], strict=True):
         try:
             return draw(count)
         except TooLittleText as error:
-            _log.warning("%s; trying %d samples", error, count // 2)
+            _log.warning("%s; trying %d samples", error, fewer)
     return draw(last)
 
 
@@ -147,11 +163,10 @@ def windows_at_once(original: OriginalModel, windows: int, tokens: int, device: 
     return at_once
 
 
-def _write(original: OriginalModel, config: QuantizeConfig, samples: int, device: str, watch: Watch) -> Tensor:
+def _write(original: OriginalModel, calibration: CalibrationConfig, samples: int, device: str, watch: Watch) -> Tensor:
     """Load the whole original, let it write, and forget it."""
-    calibration = config.calibration
     at_once = windows_at_once(original, samples, calibration.tokens, device)
-    model, tokenizer = load_original(config.model, device=device, dtype=writing_dtype(device))
+    model, tokenizer = load_original(original.name, device=device, dtype=writing_dtype(device))
     return write_windows(
         model,
         tokenizer,

@@ -9,6 +9,7 @@ from onebit_core.calibration.sources import BUILTIN
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.methods import method_named
+from onebit_core.qat.config import TrainingConfig
 from onebit_core.reconstruction.config import STATISTICS_SAMPLES, USUAL_SAMPLES, ReconstructionConfig
 
 
@@ -76,6 +77,7 @@ class QuantizeConfig(StrictConfig):
         rotation: whether linears are quantized behind a rotation of their inputs: none, those that lose less with it
             (which takes twice as long to decide), or all.
         reconstruction: training of each block against the original's, off by default.
+        training: of all layers together after that, off by default.
         embedding_bits: 16 keeps embedding and head as they are, 8 and 4 store them in so many bits.
         name: model name to serve under; default: made from model and method.
         device: cpu, cuda, cuda:N, or auto.
@@ -90,6 +92,7 @@ class QuantizeConfig(StrictConfig):
     bits: float | None = None
     rotation: Literal["off", "auto", "all"] = "off"
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     embedding_bits: Literal[4, 8, 16] = 16
     name: str | None = None
     device: str = "auto"
@@ -114,6 +117,12 @@ class QuantizeConfig(StrictConfig):
         """Whether inputs are recorded, so that calibration text is read."""
         needs_statistics = method_named(self.method).needs_statistics(self.method_settings())
         return needs_statistics or self.reconstruction.enabled or self.bits is not None
+
+    @property
+    def texts_read(self) -> tuple[str, ...]:
+        """Sources that the result depends on, each once."""
+        trained = (self.training.text or self.calibration.text) if self.training.enabled else ()
+        return tuple(dict.fromkeys((*(self.calibration.text if self.is_calibrated else ()), *trained)))
 
     @property
     def sample_counts(self) -> tuple[int, ...]:

@@ -139,7 +139,7 @@ def _seconds(
         trials = [_time_method(plan.method, rung.trial, max(shapes, key=_size), device) for rung in rungs]
         largest = deciding[max(shapes, key=_size)]
         seconds["spread"] = decide * sum(trials) / largest
-    if not plan.calibrated:
+    if not plan.calibrated and not config.training.enabled:
         return {**seconds, "quantize": decide}
     rate = _products_a_second(original.config.get_text_config().hidden_size, config.calibration.tokens, device)
     tokens = config.sample_counts[0] * config.calibration.tokens
@@ -147,7 +147,29 @@ def _seconds(
     if config.bits is not None:
         share = min(MOST_SAMPLES * MOST_TOKENS / tokens, 1.0)
         seconds["spread"] += (2 + BACKWARD) * share * one_pass
-    return {**seconds, **_stages(original, config, one_pass, decide, 2 * tokens / rate)}
+    stages = _stages(original, config, one_pass, decide, 2 * tokens / rate) if plan.calibrated else {"quantize": decide}
+    return {**seconds, **stages, **_training(original, config, one_pass / tokens, 2 / rate)}
+
+
+def _training(original: OriginalModel, config: QuantizeConfig, a_token: float, product: float) -> dict[str, float]:
+    """Return the duration of training all layers together, products in float32.
+
+    Args:
+        original: the model.
+        config: what will be done.
+        a_token: seconds of a forward pass of a token through all blocks.
+        product: seconds that a token takes for one weight of a matrix product.
+    """
+    training = config.training
+    if not training.enabled:
+        return {}
+    text = original.config.get_text_config()
+    head = product * text.vocab_size * text.hidden_size
+    tokens = training.tokens or config.calibration.tokens
+    passes = 2 + BACKWARD + (1 if training.recompute else 0)  # the original's, and the student's forward and backward
+    learned = training.steps * training.batch * tokens * (passes * a_token + (2 + BACKWARD / 2) * head)
+    looks = 1 + training.steps // training.evaluate_every
+    return {"train": learned + looks * training.held_out * tokens * 2 * (a_token + head)}
 
 
 def _stages(

@@ -4,6 +4,7 @@
     spreading     outer + block + statistics + spreading
     blocks        block + forward + max(deciding + statistics, reconstruction) + activations + packed + mapped
     distillation  outer + forward + distillation + activations + packed
+    training      outer + training + packed
     writing       writing + packed
 
 The peak is the largest of these sums. A model is never in memory as a whole: what is read is one block, what grows is
@@ -27,6 +28,7 @@ from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.allocation import MOST_SAMPLES, MOST_TOKENS
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.group_statistics import recorded_at_once
+from onebit_core.qat.losses import POSITIONS_AT_ONCE
 
 FLOAT_BYTES = 4
 HESSIAN_COPIES = 6
@@ -47,6 +49,12 @@ FORWARD_WIDE = 5
 LOGITS_OF_SPREADING = 4
 LOGITS_OF_DISTILLATION = 7
 """Arrays of the size of one window's logits that the divergence and its gradient take."""
+
+LATENT_COPIES = 6
+"""Of all blocks in training: latents, gradients, Adam's two moments, the best so far, and the signs of a pass."""
+
+LOGITS_OF_TRAINING = 6
+"""Arrays of the size of a slice's logits that the divergence and its gradient take."""
 
 TABLE_COPIES = 2
 """Of a byte for each weight of the embedding or head, while it is packed."""
@@ -69,6 +77,7 @@ class MemoryPlan:
         spreading: what enters every block, for measuring how sensitive layers are.
         packed: finished layers of all blocks.
         distillation: dense forms and latents of all blocks, and logits.
+        training: latents of all blocks, the original whole, states of the windows of a pass, and logits of a slice.
         writing: embedding and head as they are on disk, and what is made of them.
         on_device: whether a GPU computes.
     """
@@ -85,6 +94,7 @@ class MemoryPlan:
     spreading: int
     packed: int
     distillation: int
+    training: int
     writing: int
     on_device: bool
 
@@ -98,6 +108,7 @@ class MemoryPlan:
             "spreading": (self.spreading, _spread_computing(self) if self.spreading else 0),
             "blocks": (kept + self.mapped, outer + self.block + self.forward + deciding),
             "distillation": (kept, (outer + self.forward + self.distillation) if self.distillation else 0),
+            "training": (self.packed, (self.outer + self.training) if self.training else 0),
             "writing": (self.packed + self.writing, 0),
         }
 
@@ -139,7 +150,7 @@ def estimate_memory(
     linears = [linear_of(block, name) for name in linear_names(block, original.layout)]
     forward = _forward_elements(original, config, linears) if calibrated else 0
     plan = MemoryPlan(
-        outer=FLOAT_BYTES * _outer_elements(original, config) if calibrated else 0,
+        outer=FLOAT_BYTES * _outer_elements(original, config) if calibrated or config.training.enabled else 0,
         block=FLOAT_BYTES * (2 if calibrated else 1) * largest,
         mapped=_mapped(original, index, calibrated=calibrated),
         forward=FLOAT_BYTES * forward,
@@ -151,6 +162,7 @@ def estimate_memory(
         spreading=_spreading(original, config),
         packed=_packed(original, config),
         distillation=_distillation(original, config, sum(sizes), largest),
+        training=_training(original, config, sum(sizes), linears),
         writing=_writing(original, config),
         on_device=on_device,
     )
@@ -177,7 +189,7 @@ def _mapped(original: OriginalModel, index: int, *, calibrated: bool) -> int:
 
 def _outer_elements(original: OriginalModel, config: QuantizeConfig) -> int:
     """Count what is outside of the blocks and will be run: the head only for logits."""
-    head = bool(config.reconstruction.distill_epochs) or config.bits is not None
+    head = bool(config.reconstruction.distill_epochs) or config.bits is not None or config.training.enabled
     return sum(parameter.numel() for _, parameter in original.outer_parameters(head=head))
 
 
@@ -251,6 +263,19 @@ def _distillation(original: OriginalModel, config: QuantizeConfig, all_blocks: i
     vocabulary: int = _text_config(original).vocab_size
     logits = LOGITS_OF_DISTILLATION * config.calibration.tokens * vocabulary
     return FLOAT_BYTES * (2 * all_blocks + TRAINING_COPIES * one_block + logits)
+
+
+def _training(original: OriginalModel, config: QuantizeConfig, all_blocks: int, linears: list[nn.Linear]) -> int:
+    """Return what training all layers together takes, with products and the original in float32."""
+    if not config.training.enabled:
+        return 0
+    training, text = config.training, _text_config(original)
+    tokens = min(training.windows_at_once, training.batch) * (training.tokens or config.calibration.tokens)
+    states: int = len(original.blocks) * tokens * text.hidden_size  # of student and teacher, what blocks read
+    inside = _forward_elements(original, config, linears) * tokens // config.calibration.tokens
+    kept = 2 * states + inside * (1 if training.recompute else len(original.blocks))
+    logits: int = LOGITS_OF_TRAINING * POSITIONS_AT_ONCE * text.vocab_size
+    return FLOAT_BYTES * (LATENT_COPIES * all_blocks + original.num_parameters + kept + logits)
 
 
 def _writing(original: OriginalModel, config: QuantizeConfig) -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from onebit_core.pipeline.group_statistics import GroupStatistics, step_statisti
 from onebit_core.pipeline.plan import Plan, make_plan
 from onebit_core.pipeline.resume import BlockResult, WorkFolder
 from onebit_core.pipeline.rotation import quantize_weight
+from onebit_core.pipeline.training import train_layers
 from onebit_core.progress import Watch
 from onebit_core.reconstruction import distill_scales, reconstruct_block
 
@@ -68,6 +70,8 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
 
     samples_folder = (work or out.parent) if plan.memory.disk else None
     layers, reports = _quantize_blocks(original, (plan, config), tokens, (samples_folder, finished), device, watch)
+    quantized = time.monotonic()
+    training, curve = _train(original, config, tokens, device, watch, work)
 
     watch.report("write", 0, 1)
     draft = ArtifactDraft(
@@ -77,11 +81,12 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
         nominal_bits=_nominal_bits(plan, config, layers),
         calibration=calibration_record(config, tokens),
         reconstruction=config.reconstruction.to_dict() if config.reconstruction.enabled else {},
+        training=training,
         rotation=config.rotation,
         allocation={} if allocation is None else allocation.record(config.settings),
         embedding_bits=config.embedding_bits,
         layers=layers,
-        report=Report(layers=reports, seconds={"quantize": round(time.monotonic() - started, 1)}),
+        report=Report(layers=reports, seconds=_seconds(started, quantized, trained=bool(training)), training=curve),
     )
     write_artifact(original, draft, out)
     watch.tell("write", 1, 1, artifact=str(out))  # the artifact is there: too late to cancel
@@ -104,6 +109,30 @@ def _spread_bits(
     allocation = choose_settings(original, config, tokens.ids_ST, device, watch, work)
     original.release_outer()
     return allocation
+
+
+def _train(
+    original: OriginalModel,
+    config: QuantizeConfig,
+    tokens: CalibrationTokens | None,
+    device: str,
+    watch: Watch,
+    work: Path | None,
+) -> tuple[dict[str, Any], tuple[dict[str, float], ...]]:
+    """Train all layers together, if asked to; return what manifest and report say of it."""
+    if not config.training.enabled:
+        return {}, ()
+    run = _fingerprint(original, config, tokens)
+    record, result = train_layers(
+        original, config.training, config.calibration, device=device, watch=watch, work=work, run=run
+    )
+    return record, tuple(result.curve)
+
+
+def _seconds(started: float, quantized: float, *, trained: bool) -> dict[str, float]:
+    """Return what the stages took."""
+    seconds = {"quantize": round(quantized - started, 1)}
+    return {**seconds, "train": round(time.monotonic() - quantized, 1)} if trained else seconds
 
 
 def _nominal_bits(plan: Plan, config: QuantizeConfig, layers: dict[str, QuantizedLinear]) -> float:

@@ -6,7 +6,7 @@ known method, known settings and values of the right type.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ class Submission:
     Attributes:
         calibration: fields of the core's CalibrationConfig; left out ones take its defaults.
         reconstruction: fields of the core's ReconstructionConfig, likewise.
+        training: fields of the core's TrainingConfig, likewise.
         bits: average true bits a weight to spread over layers; None gives all the same settings.
         rotation: off, auto or all.
         name: of the model and its folder; None makes one from model and method.
@@ -52,6 +53,7 @@ class Submission:
     name: str | None
     evaluation: Evaluation | None
     load: bool
+    training: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     priority: int = 0
 
@@ -75,8 +77,8 @@ def plan_job(job_id: str, submission: Submission, settings: Settings) -> JobSpec
         raise Conflict(f"an artifact named {name!r} exists already; choose another name", param="name")
     config = _configuration(submission, model, name, settings)
     evaluation = _resolve_evaluation(submission.evaluation, settings)
-    if evaluation is not None and config.is_calibrated:
-        _refuse_overlap(config.calibration.text, evaluation.texts)
+    if evaluation is not None:
+        _refuse_overlap(config, evaluation.texts)
     return JobSpec(
         name=name,
         artifact=str(artifact),
@@ -171,17 +173,17 @@ def _configuration(submission: Submission, model: str, name: str, settings: Sett
 
     if submission.method not in METHODS:
         raise BadRequest(f"unknown method; known: {', '.join(METHODS)}", param="method")
-    calibration = dict(submission.calibration)
-    if calibration.get("text"):
-        calibration["text"] = [
-            text if text == SELF else resolve_text(text, settings, "calibration.text") for text in calibration["text"]
-        ]
+    calibration, training = dict(submission.calibration), dict(submission.training)
+    for part, param in ((calibration, "calibration.text"), (training, "training.text")):
+        if part.get("text"):
+            part["text"] = [text if text == SELF else resolve_text(text, settings, param) for text in part["text"]]
     values = {
         "model": model,
         "method": submission.method,
         "settings": dict(submission.settings),
         "calibration": calibration,
         "reconstruction": dict(submission.reconstruction),
+        "training": training,
         "bits": submission.bits,
         "rotation": submission.rotation,
         "embedding_bits": submission.embedding_bits,
@@ -191,7 +193,7 @@ def _configuration(submission: Submission, model: str, name: str, settings: Sett
     try:
         return QuantizeConfig.from_dict(values)
     except ConfigError as error:
-        named = [part for part in ("calibration", "reconstruction") if part in str(error).lower()]
+        named = [part for part in ("calibration", "reconstruction", "training") if part in str(error).lower()]
         param = named[0] if named else "settings"
         raise BadRequest(str(error), param=param) from None
 
@@ -207,12 +209,13 @@ def _resolve_evaluation(evaluation: Evaluation | None, settings: Settings) -> Ev
     return Evaluation(texts=texts, windows=evaluation.windows, window_tokens=evaluation.window_tokens)
 
 
-def _refuse_overlap(calibration: Sequence[str], texts: Mapping[str, str]) -> None:
-    """Refuse to measure a model on what it is calibrated on."""
+def _refuse_overlap(config: "QuantizeConfig", texts: Mapping[str, str]) -> None:
+    """Refuse to measure a model on what it is calibrated or trained on."""
     for name, text in texts.items():
-        if overlapping_sources(calibration, [text]):
+        if overlapping_sources(config.texts_read, [text]):
+            how = "calibrated" if config.is_calibrated else "trained"
             raise BadRequest(
-                f"evaluate.texts: {name} is also calibrated on, so it would measure nothing; name another text",
+                f"evaluate.texts: {name} is also {how} on, so it would measure nothing; name another text",
                 param="evaluate.texts",
             )
 

@@ -133,7 +133,7 @@ class Progress:
     """How far a job is; published as a DBOS event, and part of a finished job's result.
 
     Attributes:
-        stage: load, write text, calibrate, quantize, distill, write or evaluate.
+        stage: load, write text, calibrate, quantize, distill, train, write or evaluate.
         blocks_completed: decoder blocks done.
         blocks: decoder blocks in all; 0 before they are counted.
         relative_error: of the block just done, where the method reports one.

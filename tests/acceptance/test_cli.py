@@ -39,6 +39,30 @@ def check_refused(done: subprocess.CompletedProcess[str], folder: Path, *parts: 
     assert not [path for path in folder.iterdir() if "artifact" in path.name], list(folder.iterdir())
 
 
+def test_train_and_look_at_the_curve(model, tmp_path):
+    """From artifact to a better one; what it learned is told, shown, and warned of where it would flatter."""
+    text = tmp_path / "text.txt"
+    text.write_text("All animals are equal, but some bytes are more equal than others. " * 80)
+    start, trained = tmp_path / "start", tmp_path / "trained"
+    assert onebit("quantize", model, "--method", "svid", *QUICK, "--out", start).returncode == 0
+    few = ("--steps", 6, "--batch", 2, "--tokens", 32, "--set", "held_out=2", "--set", "evaluate_every=3")
+    done = onebit("train", start, "--text", text, *few, "--device", "cpu", "--out", trained)
+    assert done.returncode == 0, done.stderr
+    assert "6 steps, KL on windows held out" in done.stdout
+    shown = onebit("inspect", trained)
+    assert "training         6 steps of 2 windows of 32 tokens" in shown.stdout
+    assert "none" in onebit("inspect", start).stdout
+    page = tmp_path / "report.html"
+    assert onebit("inspect", trained, "--html", page).returncode == 0
+    assert "nats per token" in page.read_text()
+    measured = onebit("evaluate", trained, "--text", f"same={text}", "--windows", 1, "--window-tokens", 64)
+    assert "trained on this text" in measured.stdout + measured.stderr
+    check_refused(
+        onebit("train", start, "--text", text, "--set", "stepz=1", "--out", tmp_path / "b"), tmp_path, "stepz"
+    )
+    check_refused(onebit("train", model, "--text", text, "--out", tmp_path / "b"), tmp_path, "not an onebit artifact")
+
+
 def test_quantize_evaluate_inspect(model, tmp_path):
     """The three commands of the README, one after the other."""
     text = tmp_path / "text.txt"

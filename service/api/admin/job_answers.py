@@ -64,7 +64,9 @@ class JobAnswer(StrictBody):
     model: str
     name: str
     priority: int
-    stage: str | None = Field(description="load, write text, calibrate, quantize, distill, write, evaluate or serve.")
+    stage: str | None = Field(
+        description="load, write text, calibrate, quantize, distill, train, write, evaluate or serve."
+    )
     blocks_completed: int
     blocks: int
     relative_error: float | None = Field(description="Of the block just done.")

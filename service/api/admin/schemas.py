@@ -55,6 +55,39 @@ class ReconstructionBody(StrictBody):
         return self.model_dump(exclude_none=True)
 
 
+class TrainingBody(StrictBody):
+    """Training of all layers together, after all blocks; what is left out takes the core's default."""
+
+    steps: int = Field(default=0, ge=0, le=1 << 20, description="Steps of the optimizer; 0 trains nothing.")
+    text: list[Text] | None = Field(
+        default=None, max_length=64, description="As of calibration, whose texts are the default."
+    )
+    weights: list[float] | None = Field(
+        default=None, max_length=64, description="Shares of the texts, in their order; by default equal."
+    )
+    samples: int | None = Field(default=None, ge=2, le=1 << 22, description="Windows of text, those held out included.")
+    tokens: int | None = Field(default=None, ge=2, le=65536, description="Tokens in a window.")
+    held_out: int | None = Field(default=None, ge=1, le=65536, description="Windows not trained on, to measure with.")
+    batch: int | None = Field(default=None, ge=1, le=65536, description="Windows per step.")
+    windows_at_once: int | None = Field(default=None, ge=1, le=65536, description="Windows in memory together.")
+    recompute: bool | None = Field(default=None, description="Run blocks twice, to need less memory.")
+    alpha: float | None = Field(default=None, ge=0, le=1e6, description="Weight of the hidden states' loss.")
+    surrogate: Literal["identity", "clipped", "smooth"] | None = None
+    latent_rate: float | None = Field(default=None, ge=0, le=10, description="Step for signs and codes.")
+    scale_rate: float | None = Field(default=None, ge=0, le=10, description="Step for scales and levels.")
+    warmup: float | None = Field(default=None, ge=0, lt=1, description="Share of the steps in which rates rise.")
+    largest_gradient: float | None = Field(default=None, gt=0, le=1e9, description="Norm gradients are scaled down to.")
+    evaluate_every: int | None = Field(default=None, ge=1, le=1 << 20, description="Steps between two measurements.")
+    patience: int | None = Field(default=None, ge=0, le=65536, description="Measurements without gain that end it.")
+    checkpoint_every: int | None = Field(default=None, ge=1, le=1 << 20, description="Steps between two checkpoints.")
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+
+    def values(self) -> dict[str, Any]:
+        """The fields that were given."""
+        return self.model_dump(exclude_none=True)
+
+
 class EvaluateBody(StrictBody):
     """What to measure once the artifact is written."""
 
@@ -92,6 +125,7 @@ class QuantizeBody(StrictBody):
     settings: dict[str, Any] = Field(default={}, description="The method's settings; see docs/methods.")
     calibration: CalibrationBody = CalibrationBody()
     reconstruction: ReconstructionBody = ReconstructionBody()
+    training: TrainingBody = TrainingBody()
     bits: float | None = Field(
         default=None, gt=0, le=16, description="Average true bits a weight, spread over layers by sensitivity."
     )
@@ -127,6 +161,7 @@ class QuantizeBody(StrictBody):
             settings=self.settings,
             calibration=self.calibration.values(),
             reconstruction=self.reconstruction.values(),
+            training=self.training.values(),
             bits=self.bits,
             rotation=self.rotation,
             embedding_bits=self.embedding_bits,

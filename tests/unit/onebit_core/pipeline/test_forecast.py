@@ -61,6 +61,21 @@ def test_every_stage_that_will_run_has_its_time(tmp_path: Path, preset: str) -> 
     assert found.linear_true_bits == (3.5 if spread else pytest.approx(4.625))
 
 
+def test_a_training_has_its_time_and_memory(tmp_path: Path) -> None:
+    """Twice the steps, twice the time; without calibration it is in the plan, too; recomputing needs less memory."""
+    model = save_tiny_model(tmp_path / "model")
+
+    def found(**training: Any) -> Forecast:
+        text = ["builtin:python"]
+        return forecast_of(tiny_config(model, "rtn", training={"text": text, "evaluate_every": 1000, **training}))
+
+    once, twice = found(steps=1000), found(steps=2000)
+    assert set(once.seconds) == {"quantize", "train"}
+    assert 1.2 < twice.seconds["train"] / once.seconds["train"] < 3
+    assert found(steps=1000, recompute=True).memory.training < once.memory.training
+    assert found(steps=0).memory.training == 0 < once.memory.training <= once.memory.peak_bytes
+
+
 def test_the_command_prints_a_plan_and_writes_nothing(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     before = sorted(tmp_path.rglob("*"))

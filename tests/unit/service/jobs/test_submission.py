@@ -194,6 +194,21 @@ def test_a_model_is_not_measured_on_what_it_is_calibrated_on(settings, tmp_path,
     assert plan_job(JOB_ID, submission(**job, method="rtn"), settings)
 
 
+def test_training_is_planned_and_its_texts_are_no_measure(settings, tmp_path):
+    """Texts of a training are resolved like others, and a model is not measured on them."""
+    training = {"steps": 5, "text": ["news.txt", "self:"]}
+    spec = plan_job(JOB_ID, submission(training=training), settings)
+    assert spec.config["training"]["text"] == [str(tmp_path / "sources" / "news.txt"), "self:"]
+    assert spec.config["training"]["steps"] == 5
+    job = {"training": training, "evaluation": Evaluation(texts={"t": "news.txt"}, windows=1, window_tokens=2)}
+    with pytest.raises(BadRequest, match="t is also trained on"):
+        plan_job(JOB_ID, submission(**job), settings)
+    for wrong, param in (({"steps": 5, "text": ["../secret/key.txt"]}, "training.text"), ({"batch": 0}, "training")):
+        with pytest.raises(BadRequest) as refused:
+            plan_job(JOB_ID, submission(training=wrong), settings)
+        assert refused.value.param == param
+
+
 def test_built_in_texts_pass(settings):
     """A text that ships with the core is no path."""
     assert resolve_text("builtin:python", settings, "x") == "builtin:python"

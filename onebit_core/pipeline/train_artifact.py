@@ -1,0 +1,131 @@
+"""train_artifact(): a finished artifact and text to one of the same bits that says more of what its original says."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onebit_core.artifact.manifest import Manifest, Report
+from onebit_core.artifact.reader import load_model, read_manifest, read_report
+from onebit_core.artifact.writer import ArtifactDraft, refuse_existing, write_artifact
+from onebit_core.config import StrictConfig
+from onebit_core.errors import ConfigError
+from onebit_core.evaluation.run import find_original
+from onebit_core.kernels import resolve_device
+from onebit_core.layers import QuantizedLinear, quantized_layers
+from onebit_core.model.loading import OriginalModel, open_original
+from onebit_core.model.replace import replace_module
+from onebit_core.pipeline.config import CalibrationConfig
+from onebit_core.pipeline.training import train_layers
+from onebit_core.progress import Watch
+from onebit_core.qat import TrainingConfig
+
+QUIET = Watch()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArtifactConfig(StrictConfig):
+    """A training of a finished artifact.
+
+    Attributes:
+        artifact: its folder.
+        original: what it was made from; None for the place that its manifest names.
+        training: how, and on what text.
+        name: model name to serve under; None for the artifact's with `-trained` behind.
+        device: cpu, cuda, cuda:N, or auto.
+    """
+
+    artifact: str
+    original: str | None = None
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    name: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.training.enabled:
+            raise ConfigError("training.steps 0: say how many steps to train")
+        if not self.training.text:
+            raise ConfigError("training.text: name a text to train on, or self: for text that the original writes")
+
+
+def train_artifact(config: TrainArtifactConfig, out: Path, *, watch: Watch = QUIET, work: Path | None = None) -> Path:
+    """Train the layers of an artifact and write another one.
+
+    Args:
+        config: everything that decides the result.
+        out: the new artifact's folder; must not exist.
+        watch: where progress goes, and who may stop the run (looked at after every step).
+        work: folder for checkpoints, so that a stopped run can continue; None keeps none.
+
+    Returns:
+        `out`.
+
+    Raises:
+        OnebitError: see onebit_core.errors; nothing half-written remains.
+    """
+    started = time.monotonic()
+    refuse_existing(out)
+    watch.report("load", 0, 1, model=config.artifact)
+    manifest, report = read_manifest(config.artifact), read_report(config.artifact)
+    original = open_original(find_original(config.original, manifest.source))
+    if original.store.sha256() != manifest.source.sha256:
+        raise ConfigError(f"{original.name}: its weights are not those that {config.artifact} was made from")
+    layers, embedding_bits = _put_layers(original, config.artifact)
+    watch.report("load", 1, 1, model=config.artifact)
+    trained, result = train_layers(
+        original,
+        config.training,
+        CalibrationConfig(),
+        device=resolve_device(config.device),
+        watch=watch,
+        work=work,
+        run={"artifact": manifest.sha256},
+    )
+    seconds = {**report.seconds, "train": round(time.monotonic() - started, 1)}
+    fresh = Report(layers=report.layers, seconds=seconds, training=tuple(result.curve))
+    watch.report("write", 0, 1)
+    write_artifact(original, _draft(manifest, config, trained, (layers, embedding_bits), fresh), out)
+    watch.tell("write", 1, 1, artifact=str(out))  # the artifact is there: too late to cancel
+    return out
+
+
+def _put_layers(original: OriginalModel, artifact: str) -> tuple[dict[str, QuantizedLinear], int]:
+    """Put the artifact's layers into the original's blocks, beside what was not quantized.
+
+    Returns:
+        The layers by path, and the bits of the artifact's embedding.
+    """
+    model = load_model(artifact, device="cpu", dtype="float32", backend="reference").model
+    prefix = f"{original.layout.blocks}."
+    layers = {name: layer for name, layer in quantized_layers(model) if name.startswith(prefix)}
+    for index in range(len(original.blocks)):
+        original.load_block(index, "cpu")
+        for name, layer in layers.items():
+            if name.startswith(f"{prefix}{index}."):
+                layer.set_backend("dense")
+                replace_module(original.blocks, name.removeprefix(prefix), layer)
+    return layers, model.config.quantization_config.embedding_bits
+
+
+def _draft(
+    manifest: Manifest,
+    config: TrainArtifactConfig,
+    trained: dict[str, object],
+    stored: tuple[dict[str, QuantizedLinear], int],
+    report: Report,
+) -> ArtifactDraft:
+    """Describe the new artifact: the old one's origin, and how it was trained."""
+    layers, embedding_bits = stored
+    return ArtifactDraft(
+        name=config.name or f"{manifest.name}-trained",
+        method=manifest.method,
+        settings=manifest.settings,
+        nominal_bits=manifest.bits.linear_nominal,
+        calibration=manifest.calibration,
+        reconstruction=manifest.reconstruction,
+        rotation=manifest.rotation,
+        allocation=manifest.allocation,
+        embedding_bits=embedding_bits,
+        training=trained,
+        layers=layers,
+        report=report,
+    )

@@ -1,0 +1,17 @@
+"""Training: all layers of a quantized model together learn to say what the original says (quantization-aware training).
+
+    config         how long, how fast, on what
+    losses         of logits and of hidden states
+    distillation   student and teacher side by side
+    trainer        the loop
+    checkpoint     a training on disk
+
+What a format can change is in onebit_core.latents, so every format takes part.
+"""
+
+from onebit_core.qat.checkpoint import Checkpoints
+from onebit_core.qat.config import TrainingConfig
+from onebit_core.qat.distillation import Distillation
+from onebit_core.qat.trainer import Trainer, TrainingResult, TrainingWindows
+
+__all__ = ["Checkpoints", "Distillation", "Trainer", "TrainingConfig", "TrainingResult", "TrainingWindows"]

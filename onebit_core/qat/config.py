@@ -1,0 +1,116 @@
+"""TrainingConfig: how long, how fast and on what a quantized model is trained."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from onebit_core.config import StrictConfig
+from onebit_core.errors import ConfigError
+from onebit_core.latents.straight_through import SURROGATES, Surrogate
+
+AT_LEAST = {
+    "steps": 0,
+    "tokens": 2,
+    "held_out": 1,
+    "batch": 1,
+    "windows_at_once": 1,
+    "alpha": 0,
+    "latent_rate": 0,
+    "scale_rate": 0,
+    "evaluate_every": 1,
+    "patience": 0,
+    "checkpoint_every": 1,
+}
+"""Smallest values that can be meant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(StrictConfig):
+    """Training of all layers together against the original, after they were quantized.
+
+    Attributes:
+        steps: of Adam; 0 trains nothing.
+        text: sources (onebit_core.calibration.sources); none for those of the calibration.
+        weights: of the sources, in their order; none for equal shares.
+        samples: windows in all, those held out among them; None for as many as the steps read once, or the largest
+            half, quarter, ... of them that the text has.
+        tokens: tokens per window; None for the calibration's.
+        held_out: windows that are not trained on; they tell how far the training is.
+        batch: windows per step.
+        windows_at_once: of a step; the gradients of several runs are added up, which takes less memory.
+        recompute: run blocks again in the backward pass: a third slower, and one block's activations at a time.
+        alpha: weight of the hidden states' loss beside that of the logits; 0 leaves it out.
+        surrogate: whose gradient signs have (onebit_core.latents.straight_through).
+        latent_rate: Adam's step for signs and codes, in units of a weight's mean magnitude or step.
+        scale_rate: Adam's step for scales and levels, relative to their size.
+        warmup: share of the steps in which rates rise from nothing.
+        largest_gradient: norm that gradients are scaled down to.
+        evaluate_every: steps between two looks at the held-out windows.
+        patience: looks without an improvement that end the training; 0 never ends it early.
+        checkpoint_every: steps between two checkpoints, where there is a folder for them.
+        dtype: of products: bfloat16, float32, or auto: bfloat16 where the processor multiplies it fast.
+        seed: of the order of windows.
+    """
+
+    steps: int = 0
+    text: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    samples: int | None = None
+    tokens: int | None = None
+    held_out: int = 8
+    batch: int = 4
+    windows_at_once: int = 4
+    recompute: bool = False
+    alpha: float = 1.0
+    surrogate: Surrogate = "identity"
+    latent_rate: float = 2e-3
+    scale_rate: float = 5e-4
+    warmup: float = 0.05
+    largest_gradient: float = 1.0
+    evaluate_every: int = 50
+    patience: int = 0
+    checkpoint_every: int = 50
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.surrogate not in SURROGATES:
+            raise ConfigError(f"training.surrogate {self.surrogate!r}; known: {', '.join(SURROGATES)}")
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ConfigError(f"training.{name} {value}: must be a number from {least} up")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"training.warmup {self.warmup}: a share of the steps, from 0 to below 1")
+        if not self.largest_gradient > 0:
+            raise ConfigError(f"training.largest_gradient {self.largest_gradient}: must be positive")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"training.seed {self.seed}: from 0 to 2**63 - 1")
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        """Refuse windows that leave nothing to train on, and weights that do not fit the texts."""
+        if self.samples is not None and self.samples <= self.held_out:
+            raise ConfigError(
+                f"training.samples {self.samples}: {self.held_out} are held out (training.held_out), so at least "
+                f"{self.held_out + 1} are needed"
+            )
+        if self.weights and len(self.weights) != len(self.text):
+            raise ConfigError(
+                f"training.weights: {len(self.weights)} weights for {len(self.text)} texts; "
+                "give each text one, in the same order, or none"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is trained."""
+        return self.steps > 0
+
+    @property
+    def sample_counts(self) -> tuple[int, ...]:
+        """How many windows to ask for: the first number that the text has enough for."""
+        if self.samples is not None:
+            return (self.samples,)
+        wanted = self.steps * self.batch
+        halves = [wanted >> halvings for halvings in range(wanted.bit_length())]
+        return tuple(count + self.held_out for count in halves)

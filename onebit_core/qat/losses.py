@@ -1,0 +1,90 @@
+"""What a student learns from its teacher: the next token's distribution, and where hidden states point.
+
+    L = mean over tokens  KL(softmax(teacher) || softmax(student))
+      + alpha * sum over blocks  mean over tokens  |h_teacher / |h_teacher| - h_student / |h_student||^2
+
+KL differs from the soft-target cross-entropy by the teacher's entropy, so gradients are the same, and zero means equal.
+Hidden states are those that blocks read, the first block's excepted, for they are the embedding's and cannot differ.
+
+Source: OneBit, arXiv:2402.11295, section 3.4. Where we differ: both terms are means over tokens; the published code
+adds the first up over positions and multiplies by 0.01.
+
+Shape suffixes: N = positions of all windows, D = hidden size, V = vocabulary, B = windows, T = tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+POSITIONS_AT_ONCE = 512
+"""So many positions' logits are in memory together: of 128,000 words, and in float32, 256 MiB."""
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [N, D] to logits [N, V]."""
+
+
+def hidden_loss(student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor]) -> Tensor:
+    """Return the loss of hidden states, added up over blocks.
+
+    Args:
+        student_BTD: what every block read, floating.
+        teacher_BTD: the same of the teacher.
+    """
+    losses = [
+        (nn.functional.normalize(found.float(), dim=-1) - nn.functional.normalize(wanted.float(), dim=-1))
+        .square()
+        .sum(-1)
+        .mean()
+        for found, wanted in zip(student_BTD[1:], teacher_BTD[1:], strict=True)
+    ]
+    return torch.stack(losses).sum() if losses else student_BTD[0].new_zeros(())
+
+
+def logit_loss(states_ND: Tensor, wanted_ND: Tensor, heads: tuple[Head, Head]) -> Tensor:
+    """Return the mean KL over positions, in nats.
+
+    Args:
+        states_ND: the student's last hidden states, with gradients.
+        wanted_ND: the teacher's.
+        heads: of student and teacher; neither has parameters that learn.
+    """
+    loss: Tensor = _ChunkedDivergence.apply(states_ND, wanted_ND, *heads)  # type: ignore[no-untyped-call]  # torch's
+    return loss
+
+
+def divergence(found_NV: Tensor, wanted_NV: Tensor) -> Tensor:
+    """Return the sum over positions of KL(wanted || found), in nats, float32."""
+    return nn.functional.kl_div(
+        found_NV.float().log_softmax(-1), wanted_NV.float().log_softmax(-1), reduction="sum", log_target=True
+    )
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """The loss and its gradient in one pass over slices of positions, so that no window's logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, states_ND: Tensor, wanted_ND: Tensor, head: Head, teacher_head: Head) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=states_ND.device)
+        gradients: list[Tensor] = []
+        slices = zip(states_ND.split(POSITIONS_AT_ONCE), wanted_ND.split(POSITIONS_AT_ONCE), strict=True)
+        for part_ND, wanted_part_ND in slices:
+            with torch.no_grad():
+                wanted_NV = teacher_head(wanted_part_ND)
+            if not ctx.needs_input_grad[0]:
+                total += divergence(head(part_ND), wanted_NV)
+                continue
+            with torch.enable_grad():
+                leaf_ND = part_ND.detach().requires_grad_()
+                loss = divergence(head(leaf_ND), wanted_NV)
+            gradients += torch.autograd.grad(loss, leaf_ND)
+            total += loss.detach()
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients).div_(len(states_ND)))
+        return (total / len(states_ND)).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * gradient.to(gradient_ND.dtype), None, None, None

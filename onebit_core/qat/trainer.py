@@ -1,0 +1,247 @@
+"""The training loop: Adam on the latents of all layers, until the student says what its teacher says.
+
+    for each step:
+        add up the gradients of a batch of windows, a few windows at a time
+        scale them down to the largest norm allowed; Adam; rates rise, then fall along half a cosine to a tenth
+        now and then: KL on windows held out; the best latents so far are kept; a checkpoint
+
+Latents and Adam's moments are float32, products run in bfloat16 where that is fast (mixed precision). The order of
+windows follows from seed and epoch alone, so a run that continues from a checkpoint takes the same steps.
+
+Sources: OneBit, arXiv:2402.11295, section 3.4 (the loss, Adam with betas 0.9 and 0.98); rates relative to a weight's
+mean magnitude: ours.
+
+Shape suffixes: S = windows, B = windows of a step, T = tokens.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onebit_core.errors import Cancelled, TrainingError
+from onebit_core.latents import Latent
+from onebit_core.progress import Watch
+from onebit_core.qat.checkpoint import Checkpoints, TrainingState
+from onebit_core.qat.config import TrainingConfig
+from onebit_core.qat.distillation import Distillation
+
+ADAM_BETAS = (0.9, 0.98)
+LAST_RATE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingWindows:
+    """Token ids, int64 [S, T] each; no window is in both.
+
+    Attributes:
+        train_ST: what is trained on.
+        held_out_ST: what tells how far the training is.
+    """
+
+    train_ST: Tensor
+    held_out_ST: Tensor
+
+
+@dataclass(kw_only=True)
+class TrainingResult:
+    """What came of a training.
+
+    Attributes:
+        curve: one entry a look at the held-out windows: step, tokens trained on, held_out_kl, seconds, and means since
+            the look before: kl, hidden.
+        best: the entry whose latents were kept.
+        steps: taken, fewer than asked for where it ended early.
+    """
+
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+
+
+class Trainer:
+    """One training of a student's latents."""
+
+    def __init__(
+        self,
+        pair: Distillation,
+        latents: Mapping[str, Latent],
+        windows: TrainingWindows,
+        config: TrainingConfig,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.pair, self.windows, self.config, self.checkpoints = pair, windows, config, checkpoints
+        self.values = {
+            f"{name}:{child}": value for name, latent in latents.items() for child, value in latent.named_parameters()
+        }
+        for latent in latents.values():
+            latent.use_surrogate(config.surrogate)
+        self.optimizer = _optimizer(latents, config)
+        self.result = TrainingResult()
+        self._best: dict[str, Tensor] = {}
+        self._since_look: list[tuple[float, float]] = []
+        self._started = time.monotonic()
+
+    def run(self, watch: Watch) -> TrainingResult:
+        """Train; the latents end as the best that were seen.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            Cancelled: between two steps; a checkpoint is written first.
+        """
+        step = self._resume()
+        if not step:
+            self._look(0, watch)
+        while step < self.config.steps and not self._has_stalled():
+            self._step(step)
+            step += 1
+            if step == self.config.steps or step % self.config.evaluate_every == 0:
+                self._look(step, watch)
+            self._report(step, watch)
+        self.result.steps = step
+        self._restore(self._best)
+        return self.result
+
+    def _step(self, step: int) -> None:
+        """Take one step of Adam."""
+        rate = rate_at(step, self.config.steps, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_rate"] * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        batch_BT = self.windows.train_ST[order_of(step, len(self.windows.train_ST), self.config)]
+        kl = hidden = 0.0
+        for part_BT in batch_BT.split(self.config.windows_at_once):
+            losses = self.pair.losses(part_BT, hidden=self.config.alpha > 0)
+            share = len(part_BT) / len(batch_BT)
+            ((losses.logits + self.config.alpha * losses.hidden) * share).backward()
+            kl += float(losses.logits.detach()) * share
+            hidden += float(losses.hidden.detach()) * share
+        if not math.isfinite(kl + hidden):
+            raise TrainingError(
+                f"training: the loss of step {step + 1} is {kl + hidden}; lower training.latent_rate "
+                f"({self.config.latent_rate}) or training.scale_rate ({self.config.scale_rate}), or train in float32"
+            )
+        nn.utils.clip_grad_norm_(self.values.values(), self.config.largest_gradient)
+        self.optimizer.step()
+        self._since_look.append((kl, hidden))
+
+    def _look(self, step: int, watch: Watch) -> None:
+        """Measure the held-out windows and note the best latents."""
+        held_out = self.pair.mean_divergence(self.windows.held_out_ST, self.config.windows_at_once)
+        if not math.isfinite(held_out):
+            raise TrainingError(f"training: the held-out loss after step {step} is {held_out}")
+        entry: dict[str, Any] = {
+            "step": step,
+            "tokens": step * self.config.batch * self.windows.train_ST.shape[1],
+            "held_out_kl": round(held_out, 6),
+            "seconds": round(time.monotonic() - self._started, 1),
+        }
+        if self._since_look:
+            kl, hidden = (sum(part) / len(self._since_look) for part in zip(*self._since_look, strict=True))
+            entry |= {"kl": round(kl, 6), "hidden": round(hidden, 6)}
+        self._since_look = []
+        self.result.curve.append(entry)
+        if not self.result.best or entry["held_out_kl"] < self.result.best["held_out_kl"]:
+            self.result.best = entry
+            self._best = {name: value.detach().clone() for name, value in self.values.items()}
+        watch.tell("train", step, self.config.steps, held_out_kl=entry["held_out_kl"])
+
+    def _has_stalled(self) -> bool:
+        """Whether the last `patience` looks were no better than one before."""
+        patience, curve = self.config.patience, self.result.curve
+        return bool(patience) and curve[-1]["step"] - self.result.best["step"] >= patience * self.config.evaluate_every
+
+    def _report(self, step: int, watch: Watch) -> None:
+        """Say how far it is; keep a checkpoint where one is due, and before stopping where that is asked for."""
+        due = step == self.config.steps or step % self.config.checkpoint_every == 0
+        figures = {"kl": round(self._since_look[-1][0], 4)} if self._since_look else {}
+        try:
+            watch.report("train", step, self.config.steps, **figures)
+        except Cancelled:
+            due = True
+            raise
+        finally:
+            if due and self.checkpoints:
+                self.checkpoints.save(self._state(step))
+
+    def _state(self, step: int) -> TrainingState:
+        """Return everything that the next step depends on."""
+        tensors = {f"value:{name}": value.detach() for name, value in self.values.items()}
+        tensors |= {f"best:{name}": value for name, value in self._best.items()}
+        for name, value in self.values.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self.optimizer.state[value]:
+                    tensors[f"{moment}:{name}"] = self.optimizer.state[value][moment]
+        tensors["since_look"] = torch.tensor(self._since_look, dtype=torch.float64).reshape(-1, 2)
+        return TrainingState(step=step, tensors=tensors, curve=self.result.curve)
+
+    def _resume(self) -> int:
+        """Take up the last checkpoint; return its step."""
+        state = self.checkpoints.load(next(iter(self.values.values())).device) if self.checkpoints else None
+        if state is None:
+            return 0
+        tensors = state.tensors
+        self._restore({name: tensors[f"value:{name}"] for name in self.values})
+        self._best = {name: tensors[f"best:{name}"] for name in self.values}
+        for name, value in self.values.items():
+            if f"exp_avg:{name}" in tensors:
+                self.optimizer.state[value] = {
+                    "step": torch.tensor(float(state.step)),
+                    "exp_avg": tensors[f"exp_avg:{name}"],
+                    "exp_avg_sq": tensors[f"exp_avg_sq:{name}"],
+                }
+        self._since_look = [tuple(pair) for pair in tensors["since_look"].tolist()]
+        self.result.curve = state.curve
+        self.result.best = min(state.curve, key=lambda entry: (entry["held_out_kl"], entry["step"]))
+        self._started -= state.curve[-1]["seconds"]
+        return state.step
+
+    @torch.no_grad()
+    def _restore(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.values[name].copy_(value)
+
+
+def _optimizer(latents: Mapping[str, Latent], config: TrainingConfig) -> torch.optim.Adam:
+    """Return Adam over latents and factors, each group with its full rate."""
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "full_rate": config.latent_rate * (rate if rate > 0 else 1)}
+        for latent in latents.values()
+        for parameters, rate in latent.rated_latents()
+    ]
+    groups.append(
+        {"params": [value for latent in latents.values() for value in latent.factors()], "full_rate": config.scale_rate}
+    )
+    return torch.optim.Adam(groups, lr=0.0, betas=ADAM_BETAS, fused=True)
+
+
+def rate_at(step: int, steps: int, warmup: float) -> float:
+    """Return the share of the full rate at a step: a straight rise, then half a cosine down to LAST_RATE."""
+    rising = max(1, round(steps * warmup))
+    if step < rising:
+        return (step + 1) / rising
+    progress = (step - rising) / max(1, steps - rising)
+    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def order_of(step: int, windows: int, config: TrainingConfig) -> Tensor:
+    """Return the places of a step's windows: every epoch is a new order of all, cut into batches."""
+    places = []
+    for position in range(step * config.batch, (step + 1) * config.batch):
+        epoch, place = divmod(position, windows)
+        places.append(_epoch_order(epoch, windows, config.seed)[place])
+    return torch.tensor(places)
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(epoch: int, windows: int, seed: int) -> tuple[int, ...]:
+    """Return the order of all windows in an epoch."""
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(epoch):
+        torch.randperm(windows, generator=draw)
+    return tuple(torch.randperm(windows, generator=draw).tolist())

@@ -1,0 +1,185 @@
+"""The loop learns, keeps its best, stops early, and goes on after a stop as if there had been none."""
+
+import pytest
+import torch
+
+from onebit_core.errors import Cancelled, ConfigError, TrainingError
+from onebit_core.latents.student import in_training
+from onebit_core.methods import METHODS
+from onebit_core.model.blocks import blocks_of, layout_of
+from onebit_core.model.loading import load_original
+from onebit_core.model.replace import replace_module
+from onebit_core.progress import CancelToken, Watch
+from onebit_core.qat import Checkpoints, Distillation, Trainer, TrainingConfig, TrainingWindows
+from onebit_core.qat.trainer import order_of, rate_at
+from tests.support.tiny_model import save_tiny_model
+
+STEPS = 12
+
+
+def config(**values) -> TrainingConfig:
+    usual = {
+        "steps": STEPS,
+        "batch": 2,
+        "windows_at_once": 2,
+        "evaluate_every": 4,
+        "checkpoint_every": 5,
+        "held_out": 2,
+    }
+    return TrainingConfig(**{**usual, "latent_rate": 0.01, "dtype": "float32", **values})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def windows():
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (66, 24), generator=draw)
+    return TrainingWindows(train_ST=ids[2:], held_out_ST=ids[:2])
+
+
+class Pair:
+    """A tiny original, and the same with one sign a weight."""
+
+    def __init__(self, folder) -> None:
+        self.teacher, _ = load_original(str(folder), dtype=torch.float32)
+        self.student, _ = load_original(str(folder), dtype=torch.float32)
+        self.blocks = blocks_of(self.student, layout_of(type(self.student).__name__))
+        self.weights = {}
+        for name, module in list(self.blocks.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                self.weights[name] = module.weight.detach().clone()
+                settings = METHODS["svid"].config.from_dict({})
+                replace_module(self.blocks, name, METHODS["svid"].quantize(module.weight.detach(), None, settings))
+
+    def train(self, windows, config, checkpoints=None, watch=None):
+        with in_training(self.blocks, self.weights.__getitem__) as latents:
+            probe = windows.held_out_ST[0]
+            pair = Distillation(self.student, self.teacher, probe, dtype=torch.float32, recompute=config.recompute)
+            return Trainer(pair, latents, windows, config, checkpoints).run(watch or Watch())
+
+
+def losses(result) -> list[float]:
+    return [entry["held_out_kl"] for entry in result.curve]
+
+
+def test_training_brings_the_student_nearer_to_its_teacher(folder, windows):
+    """On windows that were not trained on, whatever the surrogate."""
+    for surrogate in ("identity", "clipped", "smooth"):
+        result = Pair(folder).train(windows, config(surrogate=surrogate, steps=40))
+        assert losses(result)[-1] < 0.8 * losses(result)[0]
+        assert result.best == min(result.curve, key=lambda entry: entry["held_out_kl"])
+
+
+def test_the_curve_is_measured_and_complete(folder, windows):
+    """Every look counts the tokens; the first is before any step."""
+    result = Pair(folder).train(windows, config())
+    assert [entry["step"] for entry in result.curve] == [0, 4, 8, 12]
+    assert [entry["tokens"] for entry in result.curve] == [0, 4 * 48, 8 * 48, 12 * 48]
+    assert "kl" not in result.curve[0]
+    assert all(entry["hidden"] > 0 for entry in result.curve[1:])
+
+
+def test_small_parts_and_recomputed_blocks_train_the_same(folder, windows):
+    """What saves memory changes nothing but the order of sums."""
+    whole = losses(Pair(folder).train(windows, config()))
+    parts = losses(Pair(folder).train(windows, config(windows_at_once=1, recompute=True)))
+    assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_run_that_goes_on_takes_the_same_steps(folder, windows, tmp_path):
+    """Cancelled after the seventh step, and continued from its checkpoint: the same curve and the same weights."""
+    straight, stopped = Pair(folder), Pair(folder)
+    expected = straight.train(windows, config())
+    cancel = CancelToken()
+
+    def stop_at_seven(event) -> None:
+        if event.done == 7:
+            cancel.cancel()
+
+    checkpoints = Checkpoints(tmp_path, {"run": 1})
+    with pytest.raises(Cancelled):
+        stopped.train(windows, config(), checkpoints, Watch(sink=stop_at_seven, cancel=cancel))
+    again = Pair(folder)
+    found = again.train(windows, config(), Checkpoints(tmp_path, {"run": 1}))
+    assert losses(found) == losses(expected)
+    assert [entry.get("kl") for entry in found.curve] == [entry.get("kl") for entry in expected.curve]
+    for name, tensor in straight.student.state_dict().items():
+        assert torch.equal(tensor, again.student.state_dict()[name]), name
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path, folder, windows):
+    """And one file is kept, not a hundred."""
+    Pair(folder).train(windows, config(), Checkpoints(tmp_path, {"run": 1}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training.json", "training_000012.safetensors"]
+    with pytest.raises(ConfigError, match="another training"):
+        Checkpoints(tmp_path, {"run": 2})
+
+
+def test_a_training_that_stalls_ends_early_with_its_best(folder, windows):
+    """With absurd rates nothing gets better, and the start is what is kept."""
+    pair = Pair(folder)
+    before = {name: tensor.clone() for name, tensor in pair.student.state_dict().items()}
+    result = pair.train(windows, config(steps=400, latent_rate=0.0, scale_rate=30.0, warmup=0.0, patience=2))
+    assert result.steps < 400
+    assert result.best["step"] == 0
+    for name, tensor in pair.student.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_loss_that_is_not_finite_is_named(folder, windows):
+    """With what to change."""
+    with pytest.raises(TrainingError, match="latent_rate"):
+        Pair(folder).train(windows, config(scale_rate=1e30, largest_gradient=1e30, warmup=0.0))
+
+
+def test_a_failed_training_leaves_the_layers_as_they_were(folder, windows):
+    """Nothing is packed that was not finished."""
+    pair = Pair(folder)
+    before = {name: tensor.clone() for name, tensor in pair.student.state_dict().items()}
+    with pytest.raises(TrainingError):
+        pair.train(windows, config(scale_rate=1e30, largest_gradient=1e30, warmup=0.0))
+    for name, tensor in pair.student.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_rates_rise_and_fall():
+    """From a step's share of the warm-up to a tenth."""
+    rates = [rate_at(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (9, 10)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_an_epoch_reads_every_window_once():
+    """And the next one in another order, the same for the same seed."""
+    settings = config(batch=4)
+    first = torch.cat([order_of(step, 8, settings) for step in range(2)]).tolist()
+    second = torch.cat([order_of(step, 8, settings) for step in range(2, 4)]).tolist()
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+    assert first != torch.cat([order_of(step, 8, config(batch=4, seed=1)) for step in range(2)]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"surrogate": "hard"}, "surrogate"),
+        ({"batch": 0}, "batch"),
+        ({"samples": 2, "held_out": 2}, "held out"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"latent_rate": -1.0}, "latent_rate"),
+        ({"largest_gradient": 0.0}, "largest_gradient"),
+        ({"tokens": 1}, "tokens"),
+        ({"seed": -1}, "seed"),
+        ({"weights": (1.0,), "text": ("a", "b")}, "weights"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(values, named):
+    """By name."""
+    with pytest.raises(ConfigError, match=named):
+        TrainingConfig(**values)
