@@ -310,13 +310,17 @@ class ModelRegistry:
         return [slot.model for slot in self._slots.values() if slot.model is not None]
 
     def get(self, name: str) -> ServedModel:
-        """Look one model up without holding it.
+        """Look up one of the models that answer requests, without holding it.
 
         Raises:
-            UnknownModel: no model of that name is served.
+            UnknownModel: none of that name answers; it may still be loading.
         """
-        with self.lease(name) as model:
-            return model
+        slot = self._slots.get(self.aliases.resolve(name))
+        if slot is None:
+            raise UnknownModel(f"no model named {name[:128]!r} is served here; known: {self._known()}", param="model")
+        if slot.model is None:
+            raise UnknownModel(f"model {name[:128]!r} is still loading; ask again in a while", param="model")
+        return slot.model
 
     def slots(self) -> list[Slot]:
         """Everything that is loading, ready or draining; a name is there twice while it is swapped."""

@@ -151,12 +151,13 @@ def test_an_artifact_that_fails_its_golden_prompts_is_not_swapped_in(server, roo
 
 def test_unloading_first_is_a_short_503(server):
     """Requests are told when to come back, and the openai client does so by itself."""
-    seen = []
+    seen, cards = [], []
 
     def knock():
         while not seen or seen[-1].status_code != 200 or len(seen) < 3:
             body = {"model": "served", "prompt": PROMPT, "max_tokens": 1}
             seen.append(httpx2.post(server.url + "/v1/completions", json=body, timeout=60))
+            cards.append(httpx2.get(server.url + "/v1/models/served", timeout=60))
             time.sleep(0.05)
 
     swapping = threading.Thread(
@@ -174,6 +175,7 @@ def test_unloading_first_is_a_short_503(server):
     refused = next(answer for answer in seen if answer.status_code == 503)
     assert refused.json()["error"]["code"] == "model_loading"
     assert int(refused.headers["retry-after"]) > 0
+    assert {answer.status_code for answer in cards} == {200, 404}  # like the list, which has none that does not answer
 
 
 def engine_pid(server) -> int:
