@@ -155,7 +155,8 @@ def _trained(row: Row, start: str, options: argparse.Namespace, device: str, wat
     )
     if out.exists():
         made = read_manifest(out).training
-        if any(made[key] != value for key, value in config.training.to_dict().items() if value is not None):
+        asked = {**config.training.to_dict(), "start": read_manifest(artifact).sha256}
+        if any(made.get(key) != value for key, value in asked.items() if value is not None):
             raise ConfigError(f"{out}: made by an earlier run with other settings; remove it or choose another --work")
         return out
     print(f"{row.name}: training {start}", file=sys.stderr)

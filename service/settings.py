@@ -182,7 +182,7 @@ class Settings(BaseSettings):
     job_max_crashes: int = Field(
         default=3,
         ge=1,
-        description="How often in a row a job may kill what runs it, with no block finished between, before it fails. "
+        description="How often in a row a job may kill what runs it, with nothing finished between, before it fails. "
         "Orderly restarts do not count.",
     )
     job_keep_days: float = Field(

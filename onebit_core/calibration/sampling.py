@@ -86,19 +86,22 @@ def sample_tokens(
         TooLittleText: a source is too short for its share.
     """
     generator = torch.Generator().manual_seed(seed)
-    windows: list[Tensor] = []
-    fingerprints: dict[str, str] = {}
-    covers: dict[str, Covers] = {}
-    for source, share in zip(sources, share_samples(sources, samples, weights), strict=True):
-        if source == SELF:
-            if write is None:
-                raise CalibrationError(f"{SELF} needs a model that writes")
+    drawn: dict[str, tuple[Tensor, str, Covers]] = {}
+    shares = dict(zip(sources, share_samples(sources, samples, weights), strict=True))
+    # Writing takes minutes to hours: a text that is too short for its share is to be found before.
+    for source, share in sorted(shares.items(), key=lambda item: item[0] == SELF):
+        if source != SELF:
+            drawn[source] = _draw(tokenizer, source, (share, tokens), generator)
+        elif write is not None:
             ids_ST = write(share)
-            fingerprints[source], covers[source] = fingerprint_of(ids_ST), "windows"
+            drawn[source] = ids_ST, fingerprint_of(ids_ST), "windows"
         else:
-            ids_ST, fingerprints[source], covers[source] = _draw(tokenizer, source, (share, tokens), generator)
-        windows.append(ids_ST)
-    return CalibrationTokens(ids_ST=torch.cat(windows), fingerprints=fingerprints, covers=covers)
+            raise CalibrationError(f"{SELF} needs a model that writes")
+    return CalibrationTokens(
+        ids_ST=torch.cat([drawn[source][0] for source in sources]),
+        fingerprints={source: drawn[source][1] for source in sources},
+        covers={source: drawn[source][2] for source in sources},
+    )
 
 
 def share_samples(sources: Sequence[str], samples: int, weights: Sequence[float] = ()) -> list[int]:

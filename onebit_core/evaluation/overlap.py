@@ -26,7 +26,8 @@ def known_text(calibration: Mapping[str, Any], training: Mapping[str, Any], sour
     Returns:
         One sentence, or None if no overlap is known.
     """
-    for record, word in ((calibration, "calibrated"), (training, "trained")):
+    trainings = [(record, "trained") for record in (training, *training.get("earlier", []))]
+    for record, word in ((calibration, "calibrated"), *trainings):
         name = _overlap(record, source)
         if name is not None:
             return f"the model was {word} on this text ({name}): the figures are better than on other text"

@@ -12,6 +12,7 @@ Shape suffixes: O = output features, I = input features.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -84,11 +85,22 @@ class Latent(nn.Module, ABC):
         layer._dense = None
         return layer
 
+    def settle(self) -> None:
+        """Bring the latents of this layer back that a step has carried to where no gradient reaches them."""
+
     def use_surrogate(self, surrogate: Surrogate) -> None:
         """Let the gradient of signs be that of another function, in the parts too."""
         for module in self.modules():
             if isinstance(module, Latent):
                 module.surrogate = surrogate
+
+
+def settle(latents: Iterable[Latent]) -> None:
+    """Do what is to be done after a step of the optimizer, in parts of layers too."""
+    for latent in latents:
+        for module in latent.modules():
+            if isinstance(module, Latent):
+                module.settle()
 
 
 def ones_like(scale: Tensor) -> nn.Parameter:

@@ -36,6 +36,11 @@ class IntLatent(Latent):
         codes_OI = codes_OI + (codes_OI.round() - codes_OI).detach()
         return (codes_OI - self.zero_OI) * expand_groups(self.scale_OG * self.factor_OG, self.columns)
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring codes back into their range."""
+        self.latent_OI.clamp_(0, 2**self.bits - 1)
+
     def write(self, layer: QuantizedLinear) -> None:
         """Pack codes and scales."""
         assert isinstance(layer, GroupedIntLinear)

@@ -1,9 +1,10 @@
-"""Whether a model's logits are its head applied to the decoder's last hidden state, and nothing else.
+"""From hidden states to logits, and how far two models' logits are apart.
 
-Some architectures do something to the logits after the head (Gemma caps them, Granite and Cohere scale them). Rather
-than keep a list of those, both ways are tried on a few tokens.
+Usually logits are the head applied to the decoder's last hidden state. Some architectures do something to them after
+that (Gemma caps them, Granite and Cohere scale them). Rather than keep a list of those, both ways are tried on a few
+tokens.
 
-Shape suffixes: T = positions.
+Shape suffixes: T = positions, N = positions of all windows, V = vocabulary.
 """
 
 import torch
@@ -22,3 +23,10 @@ def plain_head(model: PreTrainedModel, tokens_T: Tensor) -> nn.Module | None:
     in_two_steps = head(states)
     same = in_two_steps.shape == complete.shape and torch.equal(in_two_steps, complete)
     return head if same else None
+
+
+def summed_divergence(found_NV: Tensor, wanted_NV: Tensor) -> Tensor:
+    """Return the sum over positions of KL(softmax(wanted) || softmax(found)), in nats, float32."""
+    return nn.functional.kl_div(
+        found_NV.float().log_softmax(-1), wanted_NV.float().log_softmax(-1), reduction="sum", log_target=True
+    )

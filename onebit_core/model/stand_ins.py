@@ -22,12 +22,20 @@ class StandIn(nn.Module):
         return getattr(self.__dict__["block"], name)
 
 
+def _run(block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return block(hidden, *args, **kwargs)
+
+
+def _run_again(block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(block, hidden, *args, use_reentrant=False, **kwargs)
+
+
 class Recomputed(StandIn):
     """Runs its block, and again in the backward pass, in place of keeping what is in between."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the block, now and in the backward pass."""
-        return checkpoint(self.__dict__["block"], hidden, *args, use_reentrant=False, **kwargs)
+        return _run_again(self.__dict__["block"], hidden, *args, **kwargs)
 
 
 class Watched(StandIn):
@@ -42,9 +50,8 @@ class Watched(StandIn):
         """Run the block."""
         self.__dict__["seen"].append(hidden)
         block = self.__dict__["block"]
-        if self.__dict__["recompute"]:
-            return checkpoint(block, hidden, *args, use_reentrant=False, **kwargs)
-        return block(hidden, *args, **kwargs)
+        run = _run_again if self.__dict__["recompute"] else _run
+        return run(block, hidden, *args, **kwargs)
 
 
 class Given(StandIn):

@@ -141,7 +141,7 @@ class QuantizeConfig(StrictConfig):
         return min(self.sample_counts[0], STATISTICS_SAMPLES) if trains else self.sample_counts[0]
 
     def fingerprint(self) -> str:
-        """Return a hash of what decides the result (not of name, device and place of the activations)."""
+        """Return a hash of what decides the blocks: not of name, device, place of the activations, and training."""
         values = self.to_dict()
-        del values["name"], values["device"], values["activations"]
+        del values["name"], values["device"], values["activations"], values["training"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -28,7 +28,7 @@ from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.allocation import MOST_SAMPLES, MOST_TOKENS
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.group_statistics import recorded_at_once
-from onebit_core.qat.losses import POSITIONS_AT_ONCE
+from onebit_core.pipeline.training_memory import training_bytes
 
 FLOAT_BYTES = 4
 HESSIAN_COPIES = 6
@@ -49,12 +49,6 @@ FORWARD_WIDE = 5
 LOGITS_OF_SPREADING = 4
 LOGITS_OF_DISTILLATION = 7
 """Arrays of the size of one window's logits that the divergence and its gradient take."""
-
-LATENT_COPIES = 6
-"""Of all blocks in training: latents, gradients, Adam's two moments, the best so far, and the signs of a pass."""
-
-LOGITS_OF_TRAINING = 6
-"""Arrays of the size of a slice's logits that the divergence and its gradient take."""
 
 TABLE_COPIES = 2
 """Of a byte for each weight of the embedding or head, while it is packed."""
@@ -162,7 +156,7 @@ def estimate_memory(
         spreading=_spreading(original, config),
         packed=_packed(original, config),
         distillation=_distillation(original, config, sum(sizes), largest),
-        training=_training(original, config, sum(sizes), linears),
+        training=_training(original, config),
         writing=_writing(original, config),
         on_device=on_device,
     )
@@ -265,17 +259,19 @@ def _distillation(original: OriginalModel, config: QuantizeConfig, all_blocks: i
     return FLOAT_BYTES * (2 * all_blocks + TRAINING_COPIES * one_block + logits)
 
 
-def _training(original: OriginalModel, config: QuantizeConfig, all_blocks: int, linears: list[nn.Linear]) -> int:
-    """Return what training all layers together takes, with products and the original in float32."""
+def _training(original: OriginalModel, config: QuantizeConfig) -> int:
+    """Return what training all layers together takes."""
     if not config.training.enabled:
         return 0
-    training, text = config.training, _text_config(original)
-    tokens = min(training.windows_at_once, training.batch) * (training.tokens or config.calibration.tokens)
-    states: int = len(original.blocks) * tokens * text.hidden_size  # of student and teacher, what blocks read
-    inside = _forward_elements(original, config, linears) * tokens // config.calibration.tokens
-    kept = 2 * states + inside * (1 if training.recompute else len(original.blocks))
-    logits: int = LOGITS_OF_TRAINING * POSITIONS_AT_ONCE * text.vocab_size
-    return FLOAT_BYTES * (LATENT_COPIES * all_blocks + original.num_parameters + kept + logits)
+    method, settings = method_named(config.method), config.method_settings()
+    shapes = [
+        (linear.out_features, linear.in_features)
+        for block in original.blocks
+        for linear in (linear_of(block, name) for name in linear_names(block, original.layout))
+    ]
+    specs = {shape: method.spec(settings, *shape) for shape in set(shapes)}
+    layers = [(rows * columns, specs[rows, columns]) for rows, columns in shapes]
+    return training_bytes(original, config.training, config.calibration.tokens, layers)
 
 
 def _writing(original: OriginalModel, config: QuantizeConfig) -> int:

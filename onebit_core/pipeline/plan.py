@@ -15,6 +15,7 @@ from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.allocation import Allocation, check_bits
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.memory import MemoryPlan, estimate_memory
+from onebit_core.pipeline.training_memory import training_remedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +100,21 @@ def _memory(original: OriginalModel, config: QuantizeConfig, *, calibrated: bool
     plan = estimate_memory(original, config, calibrated=calibrated, on_device=device != "cpu")
     if plan.host_bytes > free and config.activations == "auto":
         plan = plan.with_activations_on_disk()
-    lighter = "--reconstruct light, " if plan.distillation > plan.peak_bytes // 2 else ""  # it alone holds all blocks
+    trains = plan.training > plan.peak_bytes // 2
+    what = "training all layers together" if trains else "one block at a time"
+    lighter = f"{training_remedy(config.training)}, " if trains else ""
+    if plan.distillation > plan.peak_bytes // 2:  # it alone holds all blocks
+        lighter = "--reconstruct light, "
     if plan.host_bytes > free:
         remedy = lighter + ("--activations disk, " if plan.activations else "")
         raise NotEnoughMemory(
-            f"{config.model}: one block at a time needs about {plan.host_bytes / 2**30:.1f} GiB of memory, and "
+            f"{config.model}: {what} needs about {plan.host_bytes / 2**30:.1f} GiB of memory, and "
             f"{free / 2**30:.1f} GiB are free; use {remedy}fewer or shorter samples, or a machine with more memory"
         )
     free_there = torch.cuda.mem_get_info(device)[0] if plan.on_device else 0
     if plan.device_bytes > free_there:
         raise NotEnoughMemory(
-            f"{config.model}: one block at a time needs about {plan.device_bytes / 2**30:.1f} GiB on {device}, and "
+            f"{config.model}: {what} needs about {plan.device_bytes / 2**30:.1f} GiB on {device}, and "
             f"{free_there / 2**30:.1f} GiB are free; use {lighter}shorter samples, --device cpu, or a larger GPU"
         )
     return plan

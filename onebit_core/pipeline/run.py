@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from onebit_core.artifact.manifest import LayerReport, Report
-from onebit_core.artifact.writer import ArtifactDraft, refuse_existing, write_artifact
+from onebit_core.artifact.writer import ArtifactDraft, current_versions, refuse_existing, write_artifact
 from onebit_core.calibration.sampling import CalibrationTokens, fingerprint_of
 from onebit_core.errors import BadWeight, CalibrationError
 from onebit_core.kernels import resolve_device
@@ -32,7 +32,7 @@ from onebit_core.pipeline.group_statistics import GroupStatistics, step_statisti
 from onebit_core.pipeline.plan import Plan, make_plan
 from onebit_core.pipeline.resume import BlockResult, WorkFolder
 from onebit_core.pipeline.rotation import quantize_weight
-from onebit_core.pipeline.training import train_layers
+from onebit_core.pipeline.training import TrainingPlace, train_layers, training_tokens
 from onebit_core.progress import Watch
 from onebit_core.reconstruction import distill_scales, reconstruct_block
 
@@ -62,6 +62,7 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
     device = resolve_device(config.device)
     tokens = calibration_tokens(original, config, device=device, work=work, watch=watch) if plan.calibrated else None
     finished = WorkFolder(work, _fingerprint(original, config, tokens)) if work else None
+    learned = training_tokens(original, config.training, config.calibration, device=device, work=work, watch=watch)
     watch.report("load", 1, 1, model=config.model, blocks=plan.num_blocks)
 
     allocation = _spread_bits(original, config, tokens, device, watch, work)
@@ -71,7 +72,7 @@ def quantize_model(config: QuantizeConfig, out: Path, *, watch: Watch = QUIET, w
     samples_folder = (work or out.parent) if plan.memory.disk else None
     layers, reports = _quantize_blocks(original, (plan, config), tokens, (samples_folder, finished), device, watch)
     quantized = time.monotonic()
-    training, curve = _train(original, config, tokens, device, watch, work)
+    training, curve = _train(original, config, (tokens, learned), device, watch, work)
 
     watch.report("write", 0, 1)
     draft = ArtifactDraft(
@@ -114,18 +115,18 @@ def _spread_bits(
 def _train(
     original: OriginalModel,
     config: QuantizeConfig,
-    tokens: CalibrationTokens | None,
+    texts: tuple[CalibrationTokens | None, CalibrationTokens | None],
     device: str,
     watch: Watch,
     work: Path | None,
 ) -> tuple[dict[str, Any], tuple[dict[str, float], ...]]:
     """Train all layers together, if asked to; return what manifest and report say of it."""
-    if not config.training.enabled:
+    tokens, learned = texts
+    if learned is None:
         return {}, ()
-    run = _fingerprint(original, config, tokens)
-    record, result = train_layers(
-        original, config.training, config.calibration, device=device, watch=watch, work=work, run=run
-    )
+    run = {**_fingerprint(original, config, tokens), "embedding_bits": config.embedding_bits}
+    place = TrainingPlace(device=device, watch=watch, work=work, run=run)
+    record, result = train_layers(original, config.training, learned, config.embedding_bits, place)
     return record, tuple(result.curve)
 
 
@@ -361,6 +362,7 @@ def _quantize_linear(
 def _fingerprint(original: OriginalModel, config: QuantizeConfig, tokens: CalibrationTokens | None) -> dict[str, str]:
     """Return what must be equal for a run to continue another; tokens, since text behind the same name may change."""
     return {
+        "version": current_versions()["onebit"],
         "config": config.fingerprint(),
         "source": original.store.sha256(),
         "calibration": "" if tokens is None else fingerprint_of(tokens.ids_ST),

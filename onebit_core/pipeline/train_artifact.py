@@ -3,10 +3,11 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from onebit_core.artifact.manifest import Manifest, Report
 from onebit_core.artifact.reader import load_model, read_manifest, read_report
-from onebit_core.artifact.writer import ArtifactDraft, refuse_existing, write_artifact
+from onebit_core.artifact.writer import ArtifactDraft, current_versions, refuse_existing, write_artifact
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.evaluation.run import find_original
@@ -15,7 +16,8 @@ from onebit_core.layers import QuantizedLinear, quantized_layers
 from onebit_core.model.loading import OriginalModel, open_original
 from onebit_core.model.replace import replace_module
 from onebit_core.pipeline.config import CalibrationConfig
-from onebit_core.pipeline.training import train_layers
+from onebit_core.pipeline.training import TrainingPlace, train_layers, training_tokens
+from onebit_core.pipeline.training_memory import check_training_memory
 from onebit_core.progress import Watch
 from onebit_core.qat import TrainingConfig
 
@@ -67,20 +69,24 @@ def train_artifact(config: TrainArtifactConfig, out: Path, *, watch: Watch = QUI
     watch.report("load", 0, 1, model=config.artifact)
     manifest, report = read_manifest(config.artifact), read_report(config.artifact)
     original = open_original(find_original(config.original, manifest.source))
-    if original.store.sha256() != manifest.source.sha256:
-        raise ConfigError(f"{original.name}: its weights are not those that {config.artifact} was made from")
+    if config.original is not None and original.store.sha256() != manifest.source.sha256:
+        raise ConfigError(
+            f"{original.name}: its weights are not those that {config.artifact} was made from; "
+            f"name with --original the model that it was made from ({manifest.source.model})"
+        )
+    device = resolve_device(config.device)
+    tokens = training_tokens(original, config.training, CalibrationConfig(), device=device, work=work, watch=watch)
+    assert tokens is not None
     layers, embedding_bits = _put_layers(original, config.artifact)
+    sizes = [(layer.in_features * layer.out_features, layer.spec) for layer in layers.values()]
+    check_training_memory(original, config.training, CalibrationConfig().tokens, sizes, device)
     watch.report("load", 1, 1, model=config.artifact)
-    trained, result = train_layers(
-        original,
-        config.training,
-        CalibrationConfig(),
-        device=resolve_device(config.device),
-        watch=watch,
-        work=work,
-        run={"artifact": manifest.sha256},
-    )
-    seconds = {**report.seconds, "train": round(time.monotonic() - started, 1)}
+    run = {"artifact": manifest.sha256, "version": current_versions()["onebit"]}
+    place = TrainingPlace(device=device, watch=watch, work=work, run=run)
+    trained, result = train_layers(original, config.training, tokens, embedding_bits, place)
+    trained = {**trained, "start": manifest.sha256, "earlier": _earlier(manifest)}
+    before = report.seconds.get("train", 0.0)
+    seconds = {**report.seconds, "train": round(before + time.monotonic() - started, 1)}
     fresh = Report(layers=report.layers, seconds=seconds, training=tuple(result.curve))
     watch.report("write", 0, 1)
     write_artifact(original, _draft(manifest, config, trained, (layers, embedding_bits), fresh), out)
@@ -104,6 +110,14 @@ def _put_layers(original: OriginalModel, artifact: str) -> tuple[dict[str, Quant
                 layer.set_backend("dense")
                 replace_module(original.blocks, name.removeprefix(prefix), layer)
     return layers, model.config.quantization_config.embedding_bits
+
+
+def _earlier(manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the trainings that the artifact has behind it, the first one first: their texts are known to it, too."""
+    if not manifest.training:
+        return []
+    last = {key: value for key, value in manifest.training.items() if key != "earlier"}
+    return [*manifest.training.get("earlier", []), last]
 
 
 def _draft(

@@ -7,22 +7,25 @@ Shape suffixes: S = windows, T = tokens.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from onebit_core.artifact.registration import ties_embedding
 from onebit_core.calibration.sampling import CalibrationTokens, evenly, fingerprint_of
 from onebit_core.errors import TrainingError
 from onebit_core.evaluation.run import choose_dtype
 from onebit_core.latents.student import in_training
+from onebit_core.layers import EMBEDDINGS, quantize_table
+from onebit_core.model.head import summed_divergence
 from onebit_core.model.loading import OriginalModel, load_original
-from onebit_core.pipeline.calibrate import draw_windows
+from onebit_core.pipeline.calibrate import check_context, draw_windows
 from onebit_core.pipeline.config import CalibrationConfig
 from onebit_core.progress import Watch
 from onebit_core.qat import Checkpoints, Distillation, Trainer, TrainingConfig, TrainingResult, TrainingWindows
-from onebit_core.qat.losses import divergence
 
 CHECKED_TOKENS = 64
 LARGEST_EXPORT_KL = 1e-3
@@ -32,26 +35,74 @@ PLACE = "training"
 """Folder of checkpoints inside the work folder."""
 
 
-def train_layers(
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlace:
+    """Where a training runs.
+
+    Attributes:
+        device: of both models.
+        watch: told of every step, in stage `train`.
+        work: folder that checkpoints are kept in; None for nowhere.
+        run: what must be equal for a run to continue from a checkpoint.
+    """
+
+    device: str
+    watch: Watch
+    work: Path | None
+    run: Mapping[str, Any]
+
+
+def training_tokens(
     original: OriginalModel,
     config: TrainingConfig,
     calibration: CalibrationConfig,
     *,
     device: str,
-    watch: Watch,
     work: Path | None,
-    run: Mapping[str, Any],
+    watch: Watch,
+) -> CalibrationTokens | None:
+    """Draw the windows of a training, those held out among them; None where nothing is trained.
+
+    Args:
+        original: the model.
+        config: what is asked for.
+        calibration: what texts and windows are where `config` does not say.
+        device: where the original writes, if it shall.
+        work: where what it wrote is kept; None for nowhere.
+        watch: told how far the writing is.
+
+    Raises:
+        CalibrationError: see draw_windows.
+        ConfigError: windows longer than the model's context.
+    """
+    if not config.enabled:
+        return None
+    texts = CalibrationConfig(
+        text=config.text or calibration.text,
+        weights=config.weights if config.text else calibration.weights,
+        tokens=config.tokens or calibration.tokens,
+        seed=config.seed,
+    )
+    check_context(original, texts.tokens)
+    place = work / PLACE if work else None
+    return draw_windows(original, texts, config.sample_counts, device=device, work=place, watch=watch)
+
+
+def train_layers(
+    original: OriginalModel,
+    config: TrainingConfig,
+    tokens: CalibrationTokens,
+    embedding_bits: int,
+    place: TrainingPlace,
 ) -> tuple[dict[str, Any], TrainingResult]:
     """Train the quantized layers in the blocks of a model, in place.
 
     Args:
         original: the model, with quantized layers in its blocks; all that is outside of them is read here.
         config: how.
-        calibration: what texts and windows are where `config` does not say.
-        device: where both models are run.
-        watch: told of every step, in stage `train`.
-        work: folder that checkpoints are kept in; None for nowhere.
-        run: what must be equal for a run to continue from a checkpoint.
+        tokens: the windows.
+        embedding_bits: in how many bits embedding and head will be stored.
+        place: where.
 
     Returns:
         What the manifest says of it, and what came of it.
@@ -59,30 +110,44 @@ def train_layers(
     Raises:
         TrainingError: the loss is not finite, or the packed layers do not say what was trained.
     """
-    tokens = _windows(original, config, calibration, device, work, watch)
     windows = split_windows(tokens.ids_ST, config.held_out)
-    folder = work / PLACE if work else None
-    place = {**run, "training": config.to_dict(), "windows": fingerprint_of(tokens.ids_ST)}
-    checkpoints = Checkpoints(folder, place) if folder else None
+    dtype = choose_dtype(config.dtype, place.device)
+    run = {**place.run, **config.fingerprint(), "dtype": str(dtype), "windows": fingerprint_of(tokens.ids_ST)}
+    checkpoints = Checkpoints(place.work / PLACE, run) if place.work else None
 
-    dtype = choose_dtype(config.dtype, device)
-    watch.report("train", 0, config.steps)
-    teacher, _ = load_original(original.name, device=device, dtype=dtype)
-    original.load_outer(device)
-    blocks = original.blocks.to(device)
+    place.watch.report("train", 0, config.steps)
+    teacher, _ = load_original(original.name, device=place.device, dtype=dtype)
+    original.load_outer(place.device)
+    _round_tables(original, embedding_bits)
+    blocks = original.blocks.to(place.device)
 
     def weight_of(name: str) -> Tensor:
         stored = original.stored_name(f"{original.layout.blocks}.{name}.weight")
-        return original.store.tensor(stored).to(device=device, dtype=torch.float32)
+        return original.store.tensor(stored).to(device=place.device, dtype=torch.float32)
 
     probe_1T = windows.held_out_ST[:1, :CHECKED_TOKENS]
     with in_training(blocks, weight_of) as latents:
         pair = Distillation(original.model, teacher, probe_1T[0], dtype=dtype, recompute=config.recompute)
-        result = Trainer(pair, latents, windows, config, checkpoints).run(watch)
+        result = Trainer(pair, latents, windows, config, checkpoints).run(place.watch)
         trained = _logits(original, probe_1T)
     _check_export(trained, _logits(original, probe_1T))
     blocks.cpu()
     return _record(config, tokens, result), result
+
+
+@torch.no_grad()
+def _round_tables(original: OriginalModel, bits: int) -> None:
+    """Let embedding and head be what will be stored of them, so that layers learn to live with that."""
+    if bits == 16:
+        return
+    model: Any = original.model
+    table_VD: Tensor = model.get_input_embeddings().weight
+    stored = EMBEDDINGS[bits](*table_VD.shape).to(table_VD.device)
+    stored.fill(table_VD)
+    if not ties_embedding(model):
+        head_VD = model.get_output_embeddings().weight
+        head_VD.copy_(quantize_table(head_VD, bits).dequantize())
+    table_VD.copy_(stored.dequantize())
 
 
 def split_windows(ids_ST: Tensor, held_out: int) -> TrainingWindows:
@@ -91,25 +156,6 @@ def split_windows(ids_ST: Tensor, held_out: int) -> TrainingWindows:
     mask = torch.ones(len(ids_ST), dtype=torch.bool)
     mask[places] = False
     return TrainingWindows(train_ST=ids_ST[mask], held_out_ST=ids_ST[places])
-
-
-def _windows(
-    original: OriginalModel,
-    config: TrainingConfig,
-    calibration: CalibrationConfig,
-    device: str,
-    work: Path | None,
-    watch: Watch,
-) -> CalibrationTokens:
-    """Draw the windows of the training, those held out among them."""
-    texts = CalibrationConfig(
-        text=config.text or calibration.text,
-        weights=config.weights if config.text else calibration.weights,
-        tokens=config.tokens or calibration.tokens,
-        seed=config.seed,
-    )
-    place = work / PLACE if work else None
-    return draw_windows(original, texts, config.sample_counts, device=device, work=place, watch=watch)
 
 
 @torch.no_grad()
@@ -126,7 +172,7 @@ def _check_export(trained_TV: Tensor, packed_TV: Tensor) -> None:
     Raises:
         TrainingError: they differ by more than rounding scales explains.
     """
-    lost = float(divergence(packed_TV, trained_TV)) / len(trained_TV)
+    lost = float(summed_divergence(packed_TV, trained_TV)) / len(trained_TV)
     if not lost <= LARGEST_EXPORT_KL:
         raise TrainingError(
             f"the packed layers differ from what was trained by {lost:.2g} nats per token; "

@@ -48,6 +48,8 @@ class Checkpoints:
         self.folder, self.fingerprint = folder, dict(fingerprint)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("training*.writing"):  # of a process that was killed
+                leftover.unlink()
             self.step = self._step_reached()
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
@@ -62,7 +64,7 @@ class Checkpoints:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values["run"] != self.fingerprint:
             raise ConfigError(
-                f"{self.folder}: holds checkpoints of another training (other model, settings, text or version); "
+                f"{self.folder}: holds checkpoints of another training (other artifact, settings, text or version); "
                 "choose another --work-dir, or remove it"
             )
         return int(values["step"])

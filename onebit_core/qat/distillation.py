@@ -3,7 +3,7 @@
 Shape suffixes: B = windows, T = tokens, N = B * T, D = hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,10 +84,11 @@ class Distillation:
         return Losses(logits=logits, hidden=inputs)
 
     @torch.no_grad()
-    def mean_divergence(self, windows_ST: Tensor, at_once: int) -> float:
-        """Return the mean KL per token over windows, in nats."""
+    def mean_divergence(self, windows_ST: Tensor, at_once: int, check: Callable[[], None] = lambda: None) -> float:
+        """Return the mean KL per token over windows, in nats; `check` is called before each run and may raise."""
         total = 0.0
         for part_BT in windows_ST.split(at_once):
+            check()
             total += float(self.losses(part_BT, hidden=False).logits) * len(part_BT)
         return total / len(windows_ST)
 

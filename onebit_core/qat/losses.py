@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onebit_core.model.head import summed_divergence
+
 POSITIONS_AT_ONCE = 512
 """So many positions' logits are in memory together: of 128,000 words, and in float32, 256 MiB."""
 
@@ -54,13 +56,6 @@ def logit_loss(states_ND: Tensor, wanted_ND: Tensor, heads: tuple[Head, Head]) -
     return loss
 
 
-def divergence(found_NV: Tensor, wanted_NV: Tensor) -> Tensor:
-    """Return the sum over positions of KL(wanted || found), in nats, float32."""
-    return nn.functional.kl_div(
-        found_NV.float().log_softmax(-1), wanted_NV.float().log_softmax(-1), reduction="sum", log_target=True
-    )
-
-
 class _ChunkedDivergence(torch.autograd.Function):
     """The loss and its gradient in one pass over slices of positions, so that no window's logits are kept."""
 
@@ -73,11 +68,11 @@ class _ChunkedDivergence(torch.autograd.Function):
             with torch.no_grad():
                 wanted_NV = teacher_head(wanted_part_ND)
             if not ctx.needs_input_grad[0]:
-                total += divergence(head(part_ND), wanted_NV)
+                total += summed_divergence(head(part_ND), wanted_NV)
                 continue
             with torch.enable_grad():
                 leaf_ND = part_ND.detach().requires_grad_()
-                loss = divergence(head(leaf_ND), wanted_NV)
+                loss = summed_divergence(head(leaf_ND), wanted_NV)
             gradients += torch.autograd.grad(loss, leaf_ND)
             total += loss.detach()
         if gradients:

@@ -17,6 +17,7 @@ Shape suffixes: S = windows, B = windows of a step, T = tokens.
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -24,15 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onebit_core.errors import Cancelled, TrainingError
+from onebit_core.errors import ArtifactError, Cancelled, TrainingError
 from onebit_core.latents import Latent
+from onebit_core.latents.base import settle
 from onebit_core.progress import Watch
 from onebit_core.qat.checkpoint import Checkpoints, TrainingState
 from onebit_core.qat.config import TrainingConfig
 from onebit_core.qat.distillation import Distillation
 
 ADAM_BETAS = (0.9, 0.98)
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 LAST_RATE = 0.1
+SEED_STRIDE = 1_000_003
+"""Between the first epochs of two seeds; the generator looks at 32 bits of what it is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,7 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.pair, self.windows, self.config, self.checkpoints = pair, windows, config, checkpoints
+        self.latents = list(latents.values())
         self.values = {
             f"{name}:{child}": value for name, latent in latents.items() for child, value in latent.named_parameters()
         }
@@ -91,24 +97,32 @@ class Trainer:
         """Train; the latents end as the best that were seen.
 
         Raises:
-            TrainingError: the loss is not finite.
-            Cancelled: between two steps; a checkpoint is written first.
+            TrainingError: loss or gradient is not finite.
+            Cancelled: inside a step, whose gradients are dropped, or between two; a checkpoint is written first.
         """
         step = self._resume()
-        if not step:
-            self._look(0, watch)
-        while step < self.config.steps and not self._has_stalled():
-            self._step(step)
-            step += 1
-            if step == self.config.steps or step % self.config.evaluate_every == 0:
-                self._look(step, watch)
-            self._report(step, watch)
+        try:
+            while True:
+                if self._is_due(step):
+                    self._look(step, watch)
+                if step == self.config.steps or self._has_stalled():
+                    break
+                loss = self._step(step, watch)
+                step += 1
+                watch.report("train", step, self.config.steps, kl=round(loss, 4))
+                if step % self.config.checkpoint_every == 0:
+                    self._keep(step)
+        except Cancelled:
+            with suppress(ArtifactError):  # a full disk loses steps, and is no reason to call it a failure
+                self._keep(step)
+            raise
+        self._keep(step)
         self.result.steps = step
         self._restore(self._best)
         return self.result
 
-    def _step(self, step: int) -> None:
-        """Take one step of Adam."""
+    def _step(self, step: int, watch: Watch) -> float:
+        """Take one step of Adam; return the KL of its windows."""
         rate = rate_at(step, self.config.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_rate"] * rate
@@ -116,25 +130,39 @@ class Trainer:
         batch_BT = self.windows.train_ST[order_of(step, len(self.windows.train_ST), self.config)]
         kl = hidden = 0.0
         for part_BT in batch_BT.split(self.config.windows_at_once):
+            watch.cancel.raise_if_cancelled()
             losses = self.pair.losses(part_BT, hidden=self.config.alpha > 0)
             share = len(part_BT) / len(batch_BT)
             ((losses.logits + self.config.alpha * losses.hidden) * share).backward()
             kl += float(losses.logits.detach()) * share
             hidden += float(losses.hidden.detach()) * share
-        if not math.isfinite(kl + hidden):
-            raise TrainingError(
-                f"training: the loss of step {step + 1} is {kl + hidden}; lower training.latent_rate "
-                f"({self.config.latent_rate}) or training.scale_rate ({self.config.scale_rate}), or train in float32"
-            )
-        nn.utils.clip_grad_norm_(self.values.values(), self.config.largest_gradient)
+        norm = float(nn.utils.clip_grad_norm_(self.values.values(), self.config.largest_gradient))
+        for name, value in (("loss", kl + hidden), ("gradient", norm)):
+            if not math.isfinite(value):
+                raise self._diverged(f"the {name} of step {step + 1} is {value}")
         self.optimizer.step()
+        settle(self.latents)
         self._since_look.append((kl, hidden))
+        return kl
+
+    def _diverged(self, what: str) -> TrainingError:
+        """Return the error of a training that cannot go on."""
+        return TrainingError(
+            f"training: {what}; lower training.latent_rate ({self.config.latent_rate}) or training.scale_rate "
+            f"({self.config.scale_rate}), or train in float32"
+        )
+
+    def _is_due(self, step: int) -> bool:
+        """Whether the held-out windows are to be measured, and have not been before a stop."""
+        is_measured = bool(self.result.curve) and self.result.curve[-1]["step"] == step
+        return not is_measured and (step == self.config.steps or step % self.config.evaluate_every == 0)
 
     def _look(self, step: int, watch: Watch) -> None:
         """Measure the held-out windows and note the best latents."""
-        held_out = self.pair.mean_divergence(self.windows.held_out_ST, self.config.windows_at_once)
+        check = watch.cancel.raise_if_cancelled
+        held_out = self.pair.mean_divergence(self.windows.held_out_ST, self.config.windows_at_once, check)
         if not math.isfinite(held_out):
-            raise TrainingError(f"training: the held-out loss after step {step} is {held_out}")
+            raise self._diverged(f"the held-out loss after step {step} is {held_out}")
         entry: dict[str, Any] = {
             "step": step,
             "tokens": step * self.config.batch * self.windows.train_ST.shape[1],
@@ -148,35 +176,34 @@ class Trainer:
         self.result.curve.append(entry)
         if not self.result.best or entry["held_out_kl"] < self.result.best["held_out_kl"]:
             self.result.best = entry
-            self._best = {name: value.detach().clone() for name, value in self.values.items()}
+            self._remember_best()
         watch.tell("train", step, self.config.steps, held_out_kl=entry["held_out_kl"])
+
+    def _remember_best(self) -> None:
+        """Copy the latents, over the copy before."""
+        for name, value in self.values.items():
+            if name in self._best:
+                self._best[name].copy_(value.detach())
+            else:
+                self._best[name] = value.detach().clone()
 
     def _has_stalled(self) -> bool:
         """Whether the last `patience` looks were no better than one before."""
         patience, curve = self.config.patience, self.result.curve
         return bool(patience) and curve[-1]["step"] - self.result.best["step"] >= patience * self.config.evaluate_every
 
-    def _report(self, step: int, watch: Watch) -> None:
-        """Say how far it is; keep a checkpoint where one is due, and before stopping where that is asked for."""
-        due = step == self.config.steps or step % self.config.checkpoint_every == 0
-        figures = {"kl": round(self._since_look[-1][0], 4)} if self._since_look else {}
-        try:
-            watch.report("train", step, self.config.steps, **figures)
-        except Cancelled:
-            due = True
-            raise
-        finally:
-            if due and self.checkpoints:
-                self.checkpoints.save(self._state(step))
+    def _keep(self, step: int) -> None:
+        """Write a checkpoint, where there is a folder for them."""
+        if self.checkpoints and step:
+            self.checkpoints.save(self._state(step))
 
     def _state(self, step: int) -> TrainingState:
         """Return everything that the next step depends on."""
         tensors = {f"value:{name}": value.detach() for name, value in self.values.items()}
         tensors |= {f"best:{name}": value for name, value in self._best.items()}
         for name, value in self.values.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment in self.optimizer.state[value]:
-                    tensors[f"{moment}:{name}"] = self.optimizer.state[value][moment]
+            for key, kept in self.optimizer.state[value].items():  # an expert that no token reached has none
+                tensors[f"{key}:{name}"] = kept
         tensors["since_look"] = torch.tensor(self._since_look, dtype=torch.float64).reshape(-1, 2)
         return TrainingState(step=step, tensors=tensors, curve=self.result.curve)
 
@@ -189,12 +216,8 @@ class Trainer:
         self._restore({name: tensors[f"value:{name}"] for name in self.values})
         self._best = {name: tensors[f"best:{name}"] for name in self.values}
         for name, value in self.values.items():
-            if f"exp_avg:{name}" in tensors:
-                self.optimizer.state[value] = {
-                    "step": torch.tensor(float(state.step)),
-                    "exp_avg": tensors[f"exp_avg:{name}"],
-                    "exp_avg_sq": tensors[f"exp_avg_sq:{name}"],
-                }
+            if f"step:{name}" in tensors:
+                self.optimizer.state[value] = {key: tensors[f"{key}:{name}"] for key in ADAM_STATE}
         self._since_look = [tuple(pair) for pair in tensors["since_look"].tolist()]
         self.result.curve = state.curve
         self.result.best = min(state.curve, key=lambda entry: (entry["held_out_kl"], entry["step"]))
@@ -210,7 +233,7 @@ class Trainer:
 def _optimizer(latents: Mapping[str, Latent], config: TrainingConfig) -> torch.optim.Adam:
     """Return Adam over latents and factors, each group with its full rate."""
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "full_rate": config.latent_rate * (rate if rate > 0 else 1)}
+        {"params": parameters, "full_rate": config.latent_rate * rate}
         for latent in latents.values()
         for parameters, rate in latent.rated_latents()
     ]
@@ -241,7 +264,5 @@ def order_of(step: int, windows: int, config: TrainingConfig) -> Tensor:
 @lru_cache(maxsize=4)
 def _epoch_order(epoch: int, windows: int, seed: int) -> tuple[int, ...]:
     """Return the order of all windows in an epoch."""
-    draw = torch.Generator().manual_seed(seed)
-    for _ in range(epoch):
-        torch.randperm(windows, generator=draw)
+    draw = torch.Generator().manual_seed((seed * SEED_STRIDE + epoch) % 2**32)
     return tuple(torch.randperm(windows, generator=draw).tolist())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from onebit_core.calibration.sampling import evenly
 from onebit_core.latents.student import scales_in_training
+from onebit_core.model.head import summed_divergence
 from onebit_core.model.stand_ins import given_hidden, recomputed
 from onebit_core.reconstruction.block import ADAM_BETAS, cosine
 from onebit_core.reconstruction.config import DISTILL_SAMPLES, ReconstructionConfig
@@ -86,9 +87,8 @@ def mean_divergence(model: nn.Module, blocks: nn.ModuleList, samples: tuple[Tens
 
 def divergence(wanted_BTV: Tensor, logits_BTV: Tensor) -> Tensor:
     """Return the mean KL(wanted || logits) over tokens, in nats."""
-    wanted = wanted_BTV.float().log_softmax(-1).flatten(0, -2)
-    found = logits_BTV.float().log_softmax(-1).flatten(0, -2)
-    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+    tokens = wanted_BTV.shape[:-1].numel()
+    return summed_divergence(logits_BTV.flatten(0, -2), wanted_BTV.flatten(0, -2)) / tokens
 
 
 def _both_logits(model: nn.Module, blocks: nn.ModuleList, ids_T: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from service.jobs.fence import name_holder
 logger = logging.getLogger(__name__)
 
 LONGEST_LINE_BYTES = 1 << 20
-STOP_SECONDS = 10.0
+STOP_SECONDS = 20.0
 LOG_FILE = "log"
 
 OnEvent = Callable[[dict[str, Any]], Awaitable[None]]

@@ -212,8 +212,9 @@ def _resolve_evaluation(evaluation: Evaluation | None, settings: Settings) -> Ev
 def _refuse_overlap(config: "QuantizeConfig", texts: Mapping[str, str]) -> None:
     """Refuse to measure a model on what it is calibrated or trained on."""
     for name, text in texts.items():
+        calibrated = config.calibration.text if config.is_calibrated else ()
         if overlapping_sources(config.texts_read, [text]):
-            how = "calibrated" if config.is_calibrated else "trained"
+            how = "calibrated" if overlapping_sources(calibrated, [text]) else "trained"
             raise BadRequest(
                 f"evaluate.texts: {name} is also {how} on, so it would measure nothing; name another text",
                 param="evaluate.texts",

@@ -137,6 +137,9 @@ class Progress:
         blocks_completed: decoder blocks done.
         blocks: decoder blocks in all; 0 before they are counted.
         relative_error: of the block just done, where the method reports one.
+        steps_completed: steps of the training done.
+        steps: of the training in all; 0 before it begins, and without one.
+        held_out_kl: of the last look at the windows held out, in nats per token.
         is_written: whether the artifact is on disk.
         updated: Unix seconds.
     """
@@ -145,6 +148,9 @@ class Progress:
     blocks_completed: int = 0
     blocks: int = 0
     relative_error: float | None = None
+    steps_completed: int = 0
+    steps: int = 0
+    held_out_kl: float | None = None
     is_written: bool = False
     updated: float = 0.0
 

@@ -164,10 +164,10 @@ async def _run(
             async with fenced(folder) as lock:
                 await _refuse_a_lost_job()
                 sweep()
-                crashes = attempts.begin(folder, f"{arguments[0]}, {_finished_blocks(folder)} blocks")
+                crashes = attempts.begin(folder, f"{arguments[0]}, {_reached(folder)}")
                 if crashes >= spec.max_crashes:
                     attempts.forget(folder)
-                    raise JobFailed(f"{last_death}, {crashes} times in a row with no block finished between")
+                    raise JobFailed(f"{last_death}, {crashes} times in a row with nothing finished between")
                 try:
                     result = await Command(arguments, folder, job_id).run(reporter, lock)
                 except CommandDied as death:
@@ -210,8 +210,11 @@ def _device(spec: JobSpec) -> str:
     return Command.device or str(spec.config["device"])
 
 
-def _finished_blocks(folder: Path) -> int:
-    return sum(1 for _ in (folder / WORK_FOLDER).glob("block_*.safetensors"))
+def _reached(folder: Path) -> str:
+    """Say how far the work folder is: its finished blocks, and the checkpoint of a training."""
+    work = folder / WORK_FOLDER
+    blocks = sum(1 for _ in work.glob("block_*.safetensors"))
+    return ", ".join([f"{blocks} blocks", *(file.stem for file in work.glob("training/training_*.safetensors"))])
 
 
 def _sweep(artifact: Path) -> None:
@@ -249,17 +252,22 @@ class Reporter:
 
 
 def next_progress(before: Progress, line: dict[str, Any], now: float) -> Progress:
-    """Fold one line of the command into the job's progress; blocks are those of the stage `quantize`."""
+    """Fold one line of the command into the job's progress; blocks are those of `quantize`, steps those of `train`."""
     detail = line.get("detail") or {}
     blocks, completed = before.blocks, before.blocks_completed
     if line["stage"] == "quantize":
         blocks, completed = int(line["total"]), int(line["done"])
-    error = detail.get("relative_error", before.relative_error)
+    steps, trained = before.steps, before.steps_completed
+    if line["stage"] == "train":
+        steps, trained = int(line["total"]), int(line["done"])
     return replace(
         before,
         stage=str(line["stage"]),
         blocks=blocks,
         blocks_completed=completed,
-        relative_error=error,
+        relative_error=detail.get("relative_error", before.relative_error),
+        steps=steps,
+        steps_completed=trained,
+        held_out_kl=detail.get("held_out_kl", before.held_out_kl),
         updated=now,
     )

@@ -164,7 +164,7 @@ def test_a_job_that_kills_ends_and_the_queue_moves_on(admin):
             os.kill(victim, signal.SIGKILL)
         time.sleep(0.02)
     assert job["state"] == "failed"
-    assert "3 times in a row with no block finished between" in job["error"]
+    assert "3 times in a row with nothing finished between" in job["error"]
     assert admin.wait(other, has_ended)[-1]["state"] == "succeeded"
     status, job = admin.call("POST", f"/admin/jobs/{poison}/resume")
     assert (status, job["error"]) == (202, None)

@@ -57,6 +57,17 @@ def test_a_job_makes_an_artifact_that_answers(server, admin):
     assert client.completions.create(model="again", prompt="fox", max_tokens=4).choices[0].finish_reason
 
 
+def test_a_job_trains(admin):
+    """All layers together, as the last stage; its steps are counted and its loss is told."""
+    training = {"steps": 6, "batch": 2, "held_out": 2, "evaluate_every": 3, "text": ["builtin:python"]}
+    asked = {"calibration": SMALL, "training": training, "name": "trained"}
+    job_id = admin.submit(model="tiny", method="svid", **asked)
+    job = admin.wait(job_id, has_ended)[-1]
+    assert job["state"] == "succeeded", job
+    assert (job["steps_completed"], job["steps"], job["blocks_completed"]) == (6, 6, 2)
+    assert 0 < job["held_out_kl"] < 10
+
+
 def test_a_running_job_is_cancelled(server, admin):
     """Its child ends, nothing half-written is left, and the next job runs."""
     job_id = admin.submit(model="slow", method="gptq", calibration=SMALL, name="never")
@@ -105,6 +116,9 @@ def test_a_job_that_fails_says_why(sources, admin):
             400,
             "evaluate.texts",
         ),
+        ({"model": "tiny", "method": "rtn", "training": {"steps": -1}}, 400, "training.steps"),
+        ({"model": "tiny", "method": "rtn", "training": {"steps": 1, "warmup": 1.0}}, 400, "training.warmup"),
+        ({"model": "tiny", "method": "rtn", "training": {"steps": 1, "text": ["/etc/passwd"]}}, 400, "training.text"),
         ({"model": "tiny", "method": "rtn", "other": 1}, 400, "other"),
         ({"method": "rtn"}, 400, "model"),
     ],

@@ -70,6 +70,9 @@ class JobAnswer(StrictBody):
     blocks_completed: int
     blocks: int
     relative_error: float | None = Field(description="Of the block just done.")
+    steps_completed: int = Field(description="Of the training.")
+    steps: int = Field(description="Of the training; 0 before it begins, and without one.")
+    held_out_kl: float | None = Field(description="Of the training so far, in nats per token.")
     created: str
     updated: str
     artifact: str | None = Field(description="The artifact's folder, once it is written.")
@@ -90,6 +93,9 @@ class JobAnswer(StrictBody):
             blocks_completed=job.progress.blocks_completed,
             blocks=job.progress.blocks,
             relative_error=_finite(job.progress.relative_error),
+            steps_completed=job.progress.steps_completed,
+            steps=job.progress.steps,
+            held_out_kl=_finite(job.progress.held_out_kl),
             created=_iso(job.created),
             updated=_iso(job.updated),
             artifact=job.artifact,

@@ -9,7 +9,7 @@ import torch
 from onebit_core.calibration import sampling
 from onebit_core.calibration.documents import JsonLines
 from onebit_core.calibration.sampling import fingerprint_of, sample_tokens, share_samples
-from onebit_core.errors import CalibrationError
+from onebit_core.errors import CalibrationError, TooLittleText
 from tests.support.tiny_model import byte_tokenizer
 
 
@@ -150,6 +150,17 @@ def test_the_model_writes_its_share(tmp_path):
     assert torch.equal(mixed.ids_ST[:1], sample_tokens(byte_tokenizer(), [text], samples=1, **values).ids_ST)
     assert mixed.covers == {text: "text", "self:": "windows"}
     assert mixed.fingerprints["self:"] == fingerprint_of(written_ST)
+
+
+def test_a_text_that_is_too_short_is_found_before_anything_is_written(tmp_path):
+    """Writing takes long, and what was written for another number of samples cannot be used."""
+    (tmp_path / "a.txt").write_text("short")
+
+    def write(samples):
+        raise AssertionError(f"asked for {samples}")
+
+    with pytest.raises(TooLittleText):
+        sample_tokens(byte_tokenizer(), ["self:", str(tmp_path / "a.txt")], samples=4, tokens=16, seed=0, write=write)
 
 
 @pytest.mark.parametrize("form", ["one line", "long documents"])

@@ -93,14 +93,17 @@ def test_a_child_of_the_wrong_parent_does_not_start():
 
 
 def test_progress_is_folded_from_lines():
-    """Blocks are those of the stage quantize; the last error stays while other stages run."""
+    """Blocks are those of the stage quantize, steps those of train; the last figures stay while other stages run."""
     lines = [
         {"stage": "load", "done": 1, "total": 1, "detail": {"blocks": 2}},
         {"stage": "quantize", "done": 0, "total": 2, "detail": {}},
         {"stage": "quantize", "done": 1, "total": 2, "detail": {"block": 0, "relative_error": 0.25}},
+        {"stage": "train", "done": 0, "total": 5, "detail": {"held_out_kl": 0.5}},
+        {"stage": "train", "done": 1, "total": 5, "detail": {"kl": 0.75}},
         {"stage": "write", "done": 0, "total": 1},
     ]
     progress = Progress()
     for second, line in enumerate(lines):
         progress = next_progress(progress, line, float(second))
-    assert progress == Progress(stage="write", blocks_completed=1, blocks=2, relative_error=0.25, updated=3.0)
+    blocks = {"blocks_completed": 1, "blocks": 2, "relative_error": 0.25}
+    assert progress == Progress(stage="write", steps_completed=1, steps=5, held_out_kl=0.5, updated=5.0, **blocks)

@@ -1,0 +1,105 @@
+"""What a training holds: latents of all layers, the original, states of a pass, logits of a slice.
+
+latents    20 bytes a weight (latent, gradient, Adam's two moments, the best so far), and what a format adds
+pass       what the backward pass keeps of dense weights, by format; of one block only with `recompute`
+states     hidden and feed-forward states of the windows of a pass
+original   whole, counted in float32
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import psutil
+import torch
+
+from onebit_core.errors import NotEnoughMemory
+from onebit_core.layers import LayerSpec
+from onebit_core.model.loading import OriginalModel
+from onebit_core.qat import TrainingConfig
+from onebit_core.qat.losses import POSITIONS_AT_ONCE
+
+FLOAT_BYTES = 4
+LATENT_BYTES = 20
+PASS_BYTES = {"sign": 4, "grouped_int": 12, "lut": 9, "factor": 12, "split": 20, "rotated": 16}
+"""Of a weight, by format: constants of the latent, and tensors that a backward pass reads; measured."""
+
+PLANE_BYTES = 12
+"""The same of every plane, where several follow one latent."""
+
+SALIENT_BYTES = 17
+"""More, where a part of the weights is in 8 bit."""
+
+HIDDEN_STATES = 14
+"""Of a token in one block, and those that student and teacher are compared by."""
+
+WIDE_STATES = 6
+"""Of a token's feed-forward in one block."""
+
+LOGITS = 6
+"""Arrays of the size of a slice's logits that the divergence and its gradient take."""
+
+Layers = Iterable[tuple[int, LayerSpec]]
+"""Weights of every layer, and what is stored of it."""
+
+
+def training_bytes(original: OriginalModel, config: TrainingConfig, tokens: int, layers: Layers) -> int:
+    """Return what a training takes beside the packed layers and what is outside of the blocks.
+
+    Args:
+        original: the model.
+        config: how it is trained.
+        tokens: per window, where `config` does not say.
+        layers: of all blocks.
+    """
+    text: Any = original.config.get_text_config()
+    sizes = list(layers)
+    weights = sum(size for size, _ in sizes)
+    share = 1 / len(original.blocks) if config.recompute else 1.0
+    kept = sum(size * _pass_bytes(spec) for size, spec in sizes) * share
+    at_once = min(config.windows_at_once, config.batch) * (config.tokens or tokens)
+    wide = max(max(spec.in_features, spec.out_features) for _, spec in sizes)
+    compared = 2 * len(original.blocks) * text.hidden_size
+    inside = (HIDDEN_STATES * text.hidden_size + WIDE_STATES * wide) * len(original.blocks) * share
+    states = FLOAT_BYTES * at_once * (compared + inside)
+    logits = FLOAT_BYTES * LOGITS * POSITIONS_AT_ONCE * text.vocab_size
+    return int(LATENT_BYTES * weights + kept + states + logits + FLOAT_BYTES * original.num_parameters)
+
+
+def check_training_memory(
+    original: OriginalModel, config: TrainingConfig, tokens: int, layers: Layers, device: str
+) -> None:
+    """Refuse a training that does not fit.
+
+    Args:
+        original: the model.
+        config: how it is trained.
+        tokens: per window, where `config` does not say.
+        layers: of all blocks.
+        device: where it will run.
+
+    Raises:
+        NotEnoughMemory: with what would take less.
+    """
+    needed = training_bytes(original, config, tokens, layers)
+    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise NotEnoughMemory(
+            f"{original.name}: a training needs about {needed / 2**30:.1f} GiB more on {device}, and "
+            f"{free / 2**30:.1f} GiB are free; use {training_remedy(config)}, or a larger machine"
+        )
+
+
+def training_remedy(config: TrainingConfig) -> str:
+    """Say what would make a training smaller."""
+    smaller = [] if config.recompute else ["training.recompute true"]
+    if min(config.windows_at_once, config.batch) > 1:
+        smaller.append("training.windows_at_once 1")
+    return ", ".join([*smaller, "fewer training.tokens"])
+
+
+def _pass_bytes(spec: LayerSpec) -> int:
+    """Return what a weight costs while a pass is kept."""
+    inner = max((_pass_bytes(part) for part in spec.parts), default=0)
+    several = PLANE_BYTES * spec.planes if spec.format == "sign" and spec.planes > 1 else 0
+    own = max(PASS_BYTES[spec.format], several) + (SALIENT_BYTES if spec.salient else 0)
+    return inner + FLOAT_BYTES if spec.format == "rotated" else max(own, inner)
