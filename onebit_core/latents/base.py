@@ -88,11 +88,21 @@ class Latent(nn.Module, ABC):
     def settle(self) -> None:
         """Bring the latents of this layer back that a step has carried to where no gradient reaches them."""
 
+    def use_closed_form(self) -> None:
+        """Recompute scales from the latents where the format has a formula for them, in place of training them."""
+
     def use_surrogate(self, surrogate: Surrogate) -> None:
         """Let the gradient of signs be that of another function, in the parts too."""
         for module in self.modules():
             if isinstance(module, Latent):
                 module.surrogate = surrogate
+
+
+def use_closed_form(latent: Latent) -> None:
+    """Do so in the parts of a layer, too."""
+    for module in list(latent.modules()):
+        if isinstance(module, Latent):
+            module.use_closed_form()
 
 
 def settle(latents: Iterable[Latent]) -> None:

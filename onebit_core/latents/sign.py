@@ -48,6 +48,7 @@ class SignLatent(Latent):
             starts.append(start_of_signs(signs_POI[plane], rest_OI / scale_OI.clamp(min=1e-12)).data)
             rest_OI -= signs_POI[plane] * scale_OI
         self.latent_POI = nn.Parameter(torch.stack(starts))
+        self.start_O: Tensor | None = None
         self.factor = nn.ParameterDict(
             {name: ones_like(value) for name, value in self.stored.items() if name != "shift"}
         )
@@ -71,9 +72,38 @@ class SignLatent(Latent):
             result = result * expand_groups(scales["group_scale"][plane], shape[1])
         return result
 
+    def use_closed_form(self) -> None:
+        """Let the output scale be what fits the latents' magnitudes best, in place of a factor that is trained.
+
+            h_o = sum over j of |w_oj| g_j / sum over j of g_j^2,   w = t h g, j over the weights that are signs
+
+        For plain rows that is their mean magnitude: PB-LLM, arXiv:2310.00034, section 3.4. Relative to the start,
+        where the layer stays what it is.
+        """
+        if len(self.latent_POI) == 1 and "scale_out" in self.stored:
+            del self.factor["scale_out"]
+            with torch.no_grad():
+                self.start_O = self._magnitude()
+
+    def _magnitude(self) -> Tensor:
+        """Return the mean of the latents' magnitudes over the weights that are signs, weighted by g^2: [O]."""
+        size_OI = self.latent_POI[0].detach().abs()
+        weight_OI = torch.ones_like(size_OI)
+        if "scale_in" in self.stored:
+            weight_OI = weight_OI * self.stored["scale_in"][0].square()
+        if self.salient_mask is not None:
+            weight_OI = weight_OI.masked_fill(self.salient_mask, 0)
+        return (size_OI * weight_OI).sum(1) / weight_OI.sum(1).clamp(min=1e-12)
+
     def _scales(self) -> dict[str, Tensor]:
         """Return the scales as trained so far."""
-        scales = {name: value * self.factor[name] for name, value in self.stored.items() if name != "shift"}
+        scales = {
+            name: value * self.factor[name]
+            for name, value in self.stored.items()
+            if name != "shift" and name in self.factor
+        }
+        if self.start_O is not None:
+            scales["scale_out"] = self.stored["scale_out"] * self._magnitude() / self.start_O.clamp(min=1e-12)
         if "shift" in self.stored:
             scales["shift"] = self.stored["shift"] + self.factor["shift"] * self.typical
         return scales

@@ -41,6 +41,8 @@ class TrainingConfig(StrictConfig):
         recompute: run blocks again in the backward pass: a third slower, and one block's activations at a time.
         alpha: weight of the hidden states' loss beside that of the logits; 0 leaves it out.
         surrogate: whose gradient signs have (onebit_core.latents.straight_through).
+        scales: `trained`, or `closed_form`: output scales of single sign planes follow from the latents at every step
+            (PB-LLM), the others are trained.
         latent_rate: Adam's step for signs and codes, in units of a weight's mean magnitude or step.
         scale_rate: Adam's step for scales and levels, relative to their size.
         warmup: share of the steps in which rates rise from nothing.
@@ -63,6 +65,7 @@ class TrainingConfig(StrictConfig):
     recompute: bool = False
     alpha: float = 1.0
     surrogate: Surrogate = "identity"
+    scales: Literal["trained", "closed_form"] = "trained"
     latent_rate: float = 2e-3
     scale_rate: float = 5e-4
     warmup: float = 0.05

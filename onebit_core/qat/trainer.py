@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from onebit_core.errors import ArtifactError, Cancelled, TrainingError
 from onebit_core.latents import Latent
-from onebit_core.latents.base import settle
+from onebit_core.latents.base import settle, use_closed_form
 from onebit_core.progress import Watch
 from onebit_core.qat.checkpoint import Checkpoints, TrainingState
 from onebit_core.qat.config import TrainingConfig
@@ -82,11 +82,13 @@ class Trainer:
     ) -> None:
         self.pair, self.windows, self.config, self.checkpoints = pair, windows, config, checkpoints
         self.latents = list(latents.values())
+        for latent in self.latents:
+            latent.use_surrogate(config.surrogate)
+            if config.scales == "closed_form":
+                use_closed_form(latent)
         self.values = {
             f"{name}:{child}": value for name, latent in latents.items() for child, value in latent.named_parameters()
         }
-        for latent in latents.values():
-            latent.use_surrogate(config.surrogate)
         self.optimizer = _optimizer(latents, config)
         self.result = TrainingResult()
         self._best: dict[str, Tensor] = {}

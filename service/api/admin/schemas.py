@@ -73,6 +73,7 @@ class TrainingBody(StrictBody):
     recompute: bool | None = Field(default=None, description="Run blocks twice, to need less memory.")
     alpha: float | None = Field(default=None, ge=0, le=1e6, description="Weight of the hidden states' loss.")
     surrogate: Literal["identity", "clipped", "smooth"] | None = None
+    scales: Literal["trained", "closed_form"] | None = None
     latent_rate: float | None = Field(default=None, ge=0, le=10, description="Step for signs and codes.")
     scale_rate: float | None = Field(default=None, ge=0, le=10, description="Step for scales and levels.")
     warmup: float | None = Field(default=None, ge=0, lt=1, description="Share of the steps in which rates rise.")

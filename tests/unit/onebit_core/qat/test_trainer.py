@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.errors import Cancelled, ConfigError, TrainingError
+from onebit_core.latents.base import use_closed_form
 from onebit_core.latents.student import in_training
+from onebit_core.layers import quantized_layers
 from onebit_core.methods import METHODS
 from onebit_core.model.blocks import blocks_of, layout_of
 from onebit_core.model.loading import load_original
@@ -42,9 +45,9 @@ def windows():
 
 
 class Pair:
-    """A tiny original, and the same with one sign a weight."""
+    """A tiny original, and the same quantized: with one sign a weight, unless another method is named."""
 
-    def __init__(self, folder) -> None:
+    def __init__(self, folder, method="svid", settings=None) -> None:
         self.teacher, _ = load_original(str(folder), dtype=torch.float32)
         self.student, _ = load_original(str(folder), dtype=torch.float32)
         self.blocks = blocks_of(self.student, layout_of(type(self.student).__name__))
@@ -52,8 +55,9 @@ class Pair:
         for name, module in list(self.blocks.named_modules()):
             if isinstance(module, torch.nn.Linear):
                 self.weights[name] = module.weight.detach().clone()
-                settings = METHODS["svid"].config.from_dict({})
-                replace_module(self.blocks, name, METHODS["svid"].quantize(module.weight.detach(), None, settings))
+                made = METHODS[method].config.from_dict(settings or {})
+                statistics = InputStatistics(hessian_II=torch.eye(module.in_features), num_tokens=1)
+                replace_module(self.blocks, name, METHODS[method].quantize(module.weight.detach(), statistics, made))
 
     def train(self, windows, config, checkpoints=None, watch=None):
         with in_training(self.blocks, self.weights.__getitem__) as latents:
@@ -72,6 +76,27 @@ def test_training_brings_the_student_nearer_to_its_teacher(folder, windows):
         result = Pair(folder).train(windows, config(surrogate=surrogate, steps=40))
         assert losses(result)[-1] < 0.8 * losses(result)[0]
         assert result.best == min(result.curve, key=lambda entry: entry["held_out_kl"])
+
+
+@pytest.mark.parametrize(("method", "settings"), [("svid", {}), ("pb_llm", {"ratio": 0.2, "metric": "magnitude"})])
+def test_scales_in_closed_form_are_those_of_the_latents(folder, windows, method, settings):
+    """No factor is trained for them, the start is the artifact, and the end fits the latents' magnitudes."""
+    pair = Pair(folder, method, settings)
+    before = {name: layer.dequantize() for name, layer in quantized_layers(pair.blocks)}
+    with in_training(pair.blocks, pair.weights.__getitem__) as latents:
+        for name, latent in latents.items():
+            use_closed_form(latent)
+            assert "factor.scale_out" not in dict(latent.named_parameters())
+            assert torch.allclose(latent.whole_weight(), before[name], atol=1e-6)
+            with torch.no_grad():
+                latent.latent_POI.mul_(2)
+            decided = latent.whole_weight()
+            signs = torch.ones_like(decided, dtype=torch.bool) if latent.salient_mask is None else ~latent.salient_mask
+            assert torch.allclose(decided[signs], 2 * before[name][signs], rtol=1e-4, atol=1e-6)
+            if latent.salient_mask is not None:
+                assert torch.equal(decided[~signs], before[name][~signs])
+    result = Pair(folder, method, settings).train(windows, config(scales="closed_form", steps=40, latent_rate=0.05))
+    assert losses(result)[-1] < 0.9 * losses(result)[0]
 
 
 def test_the_curve_is_measured_and_complete(folder, windows):
