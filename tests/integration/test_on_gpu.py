@@ -1,12 +1,18 @@
 """The same journeys on a CUDA device; skipped where there is none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from onebit_core.artifact.reader import load_model, read_manifest, read_report
+from onebit_core.errors import Cancelled
 from onebit_core.methods import METHODS
+from onebit_core.pipeline.train_artifact import train_artifact
+from onebit_core.progress import Watch
 from tests.support.backends import backends_on
 from tests.support.quantized import quantize_tiny
+from tests.support.trained import TEXT, StopsAt, configure
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,3 +40,18 @@ def test_logits_agree_between_devices(tiny_llama, tmp_path, method, backend, emb
     on_cpu = load_model(artifact, backend="reference", dtype="float32").model(IDS).logits
     on_gpu = load_model(artifact, backend=backend, dtype="float32", device="cuda").model(IDS.cuda()).logits
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_on_the_gpu_learns_and_goes_on_after_a_stop(tiny_llama, tmp_path, method, dtype):
+    """Stopped after some steps and continued from the checkpoint, it ends nearer to the original than it began."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    artifact = quantize_tiny(tiny_llama, tmp_path / "artifact", method)
+    config = replace(configure(artifact, str(tmp_path / "text.txt"), dtype=dtype), device="cuda")
+    out, work, watch = tmp_path / "out", tmp_path / "work", Watch(cancel=StopsAt(12))
+    with pytest.raises(Cancelled):
+        train_artifact(config, out, watch=watch, work=work)
+    start, end = read_manifest(train_artifact(config, out, work=work)).training["held_out_kl"]
+    assert end < start
+    assert load_model(out, device="cuda").model(IDS.cuda()).logits.isfinite().all()

@@ -17,8 +17,7 @@ from onebit_core.pipeline.training import split_windows
 from onebit_core.progress import CancelToken, Watch
 from tests.support.quantized import SETTINGS, quantize_tiny, tiny_config
 from tests.support.tiny_model import save_tiny_model
-
-TEXT = "All animals are equal, but some bytes are more equal than others. Four bits good, one bit better. " * 60
+from tests.support.trained import TEXT, StopsAt, configure, training
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +25,6 @@ def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(TEXT)
     return str(file)
-
-
-def training(source: str, **values) -> dict:
-    usual = {"steps": 12, "batch": 2, "tokens": 32, "held_out": 2, "evaluate_every": 4, "latent_rate": 0.01}
-    return {**usual, "scale_rate": 5e-3, "text": [source], "dtype": "float32", **values}
-
-
-def configure(artifact, source, **values) -> TrainArtifactConfig:
-    return TrainArtifactConfig.from_dict(
-        {"artifact": str(artifact), "training": training(source, **values), "device": "cpu"}
-    )
 
 
 @pytest.mark.parametrize("method", SETTINGS)
@@ -61,20 +49,6 @@ def measured(model, artifact) -> float:
     ids = torch.tensor([tokenizer(TEXT[700:1100])["input_ids"]])
     wanted, found = (each(input_ids=ids).logits.double().softmax(-1) for each in (original, packed))
     return float((wanted * (wanted / found).log()).sum(-1).mean())
-
-
-class StopsAt(CancelToken):
-    """A token that is found set when it is looked at for the n-th time."""
-
-    def __init__(self, looks: int) -> None:
-        super().__init__()
-        self.looks = looks
-
-    def raise_if_cancelled(self) -> None:
-        self.looks -= 1
-        if self.looks < 0:
-            self.cancel()
-        super().raise_if_cancelled()
 
 
 @pytest.mark.parametrize("looks", [4, 5, 9, 12, 16, 17, 18, 30])
