@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onebit_core.errors import ArtifactError, Cancelled, TrainingError
+from onebit_core.errors import ArtifactError, Cancelled, CorruptArtifact, TrainingError
 from onebit_core.latents import Latent
 from onebit_core.latents.base import settle, use_closed_form
 from onebit_core.progress import Watch
@@ -210,11 +210,20 @@ class Trainer:
         return TrainingState(step=step, tensors=tensors, curve=self.result.curve)
 
     def _resume(self) -> int:
-        """Take up the last checkpoint; return its step."""
+        """Take up the last checkpoint; return its step.
+
+        Raises:
+            CorruptArtifact: it is damaged, or of other layers.
+        """
         state = self.checkpoints.load(next(iter(self.values.values())).device) if self.checkpoints else None
         if state is None:
             return 0
         tensors = state.tensors
+        lacking = [name for name in self.values if not {f"value:{name}", f"best:{name}"} <= tensors.keys()]
+        if lacking:
+            raise CorruptArtifact(
+                f"checkpoint of step {state.step}: no values of {lacking[0]}; remove it to train from the start"
+            )
         self._restore({name: tensors[f"value:{name}"] for name in self.values})
         self._best = {name: tensors[f"best:{name}"] for name in self.values}
         for name, value in self.values.items():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from onebit_core.calibration.statistics import InputStatistics
-from onebit_core.errors import Cancelled, ConfigError, TrainingError
+from onebit_core.errors import Cancelled, ConfigError, CorruptArtifact, TrainingError
 from onebit_core.latents.base import use_closed_form
 from onebit_core.latents.student import in_training
 from onebit_core.layers import quantized_layers
@@ -142,6 +143,24 @@ def test_checkpoints_of_another_run_are_refused(tmp_path, folder, windows):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["training.json", "training_000012.safetensors"]
     with pytest.raises(ConfigError, match="another training"):
         Checkpoints(tmp_path, {"run": 2})
+
+
+def test_damaged_checkpoints_are_named(tmp_path, folder, windows):
+    """Cut off, of other layers, or gone; with what to remove."""
+    Pair(folder).train(windows, config(), Checkpoints(tmp_path, {}))
+    file = tmp_path / "training_000012.safetensors"
+    whole = file.read_bytes()
+    tensors, metadata = load_file(file), {"curve": "[]"}
+    save_file({name: value for name, value in tensors.items() if "0.self_attn.q_proj" not in name}, file, metadata)
+    with pytest.raises(CorruptArtifact, match=r"q_proj.*train from the start"):
+        Pair(folder).train(windows, config(), Checkpoints(tmp_path, {}))
+    for damage in (lambda: file.write_bytes(whole[:1000]), file.unlink):
+        damage()
+        with pytest.raises(CorruptArtifact, match=r"training.json to train from the start"):
+            Pair(folder).train(windows, config(), Checkpoints(tmp_path, {}))
+    (tmp_path / "training.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot hold checkpoints"):
+        Checkpoints(tmp_path, {})
 
 
 def test_a_training_that_stalls_ends_early_with_its_best(folder, windows):
