@@ -40,7 +40,7 @@ def _trained(start: Row, suffix: str = "", **training: Any) -> Row:
     )
 
 
-TRAINING = {"steps": 200, "batch": 4, "windows_at_once": 2, "evaluate_every": 25}
+TRAINING = {"steps": 200, "batch": 4, "windows_at_once": 2, "evaluate_every": 25, "latent_rate": 0.02}
 """800 windows of 1024 tokens: an hour on two cores for SmolLM2-135M."""
 
 SVID_FULL = Row(name="svid+full", method="svid", preset="full")

@@ -1,12 +1,9 @@
-"""All quantized layers of a model as latents: the student of a distillation.
+"""All quantized layers of a model as latents: the student of a distillation."""
 
-Shape suffixes: O = output features, I = input features.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
 from onebit_core.latents.base import Latent
 from onebit_core.latents.composed import LATENTS
@@ -15,23 +12,21 @@ from onebit_core.model.replace import replace_module
 
 
 @contextmanager
-def in_training(blocks: nn.ModuleList, weight_of: Callable[[str], Tensor] | None = None) -> Iterator[dict[str, Latent]]:
+def in_training(blocks: nn.ModuleList) -> Iterator[dict[str, Latent]]:
     """Put latents in the places of quantized layers; pack what they learned at the end.
 
-    Args:
-        blocks: of a model, with quantized layers.
-        weight_of: gives the original weight, float32 [O, I], of a layer by its name inside `blocks`; signs and codes
-            start with its sizes. None: with the layer's own.
+    Signs start all equally far from zero, as in OneBit, and codes in the middle of their cells: what was decided was
+    decided together, and a sign turns only for a gradient that lasts. Where a weight's size sets the distance, as in
+    reconstruction, whatever is near to zero turns by chance with the first steps, and the loss rises.
 
     Yields:
-        Latents by that name. Where the body raises, the layers stay as they were.
+        Latents by the layer's name inside `blocks`. Where the body raises, the layers stay as they were.
     """
     layers = dict(quantized_layers(blocks))
     latents: dict[str, Latent] = {}
     try:
         for name, layer in layers.items():
-            weight_OI = layer.base_weight() if weight_of is None else weight_of(name)
-            latents[name] = LATENTS[layer.spec.format](layer, weight_OI)
+            latents[name] = LATENTS[layer.spec.format](layer, layer.base_weight())
             replace_module(blocks, name, latents[name])
         yield latents
         for latent in latents.values():

@@ -121,12 +121,8 @@ def train_layers(
     _round_tables(original, embedding_bits)
     blocks = original.blocks.to(place.device)
 
-    def weight_of(name: str) -> Tensor:
-        stored = original.stored_name(f"{original.layout.blocks}.{name}.weight")
-        return original.store.tensor(stored).to(device=place.device, dtype=torch.float32)
-
     probe_1T = windows.held_out_ST[:1, :CHECKED_TOKENS]
-    with in_training(blocks, weight_of) as latents:
+    with in_training(blocks) as latents:
         pair = Distillation(original.model, teacher, probe_1T[0], dtype=dtype, recompute=config.recompute)
         result = Trainer(pair, latents, windows, config, checkpoints).run(place.watch)
         trained = _logits(original, probe_1T)

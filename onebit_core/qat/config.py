@@ -43,7 +43,8 @@ class TrainingConfig(StrictConfig):
         surrogate: whose gradient signs have (onebit_core.latents.straight_through).
         scales: `trained`, or `closed_form`: output scales of single sign planes follow from the latents at every step
             (PB-LLM), the others are trained.
-        latent_rate: Adam's step for signs and codes, in units of a weight's mean magnitude or step.
+        latent_rate: Adam's step for signs and codes, in units of a weight's mean magnitude or step; a sign
+            starts one unit from zero, so rates added up over all steps must exceed one for any to turn.
         scale_rate: Adam's step for scales and levels, relative to their size.
         warmup: share of the steps in which rates rise from nothing.
         largest_gradient: norm that gradients are scaled down to.
@@ -66,7 +67,7 @@ class TrainingConfig(StrictConfig):
     alpha: float = 1.0
     surrogate: Surrogate = "identity"
     scales: Literal["trained", "closed_form"] = "trained"
-    latent_rate: float = 2e-3
+    latent_rate: float = 1e-2
     scale_rate: float = 5e-4
     warmup: float = 0.05
     largest_gradient: float = 1.0

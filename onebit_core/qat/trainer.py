@@ -243,14 +243,12 @@ class Trainer:
 
 def _optimizer(latents: Mapping[str, Latent], config: TrainingConfig) -> torch.optim.Adam:
     """Return Adam over latents and factors, each group with its full rate."""
+    signs_and_codes = [value for latent in latents.values() for value in latent.latents()]
+    scales = [value for latent in latents.values() for value in latent.factors()]
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "full_rate": config.latent_rate * rate}
-        for latent in latents.values()
-        for parameters, rate in latent.rated_latents()
+        {"params": signs_and_codes, "full_rate": config.latent_rate},
+        {"params": scales, "full_rate": config.scale_rate},
     ]
-    groups.append(
-        {"params": [value for latent in latents.values() for value in latent.factors()], "full_rate": config.scale_rate}
-    )
     return torch.optim.Adam(groups, lr=0.0, betas=ADAM_BETAS, fused=True)
 
 

@@ -8,7 +8,7 @@ TEXT = "All animals are equal, but some bytes are more equal than others. Four b
 
 
 def training(source: str, **values) -> dict:
-    usual = {"steps": 12, "batch": 2, "tokens": 32, "held_out": 2, "evaluate_every": 4, "latent_rate": 0.01}
+    usual = {"steps": 12, "batch": 2, "tokens": 32, "held_out": 2, "evaluate_every": 4, "latent_rate": 0.02}
     return {**usual, "scale_rate": 5e-3, "text": [source], "dtype": "float32", **values}
 
 
