@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,17 @@ def _quantized(row: Row, options: argparse.Namespace, device: str, watch: Watch)
             raise ConfigError(f"{out}: made by an earlier run with other settings; remove it or choose another --work")
         return out
     print(f"{row.name}: quantizing", file=sys.stderr)
-    unfinished = options.work / ".unfinished" / row.name
-    quantize_model(config, out, watch=watch, work=unfinished)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with _unfinished(options.work, row) as work:
+        quantize_model(config, out, watch=watch, work=work)
     return out
+
+
+@contextmanager
+def _unfinished(folder: Path, row: Row) -> Iterator[Path]:
+    """Give a folder for what a row has finished so far; it is removed when the row is done."""
+    work = folder / ".unfinished" / row.name
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _trained(row: Row, start: str, options: argparse.Namespace, device: str, watch: Watch) -> Path:
@@ -160,9 +168,8 @@ def _trained(row: Row, start: str, options: argparse.Namespace, device: str, wat
             raise ConfigError(f"{out}: made by an earlier run with other settings; remove it or choose another --work")
         return out
     print(f"{row.name}: training {start}", file=sys.stderr)
-    unfinished = options.work / ".unfinished" / row.name
-    train_artifact(config, out, watch=watch, work=unfinished)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with _unfinished(options.work, row) as work:
+        train_artifact(config, out, watch=watch, work=work)
     return out
 
 

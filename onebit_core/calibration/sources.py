@@ -33,7 +33,7 @@ from onebit_core.calibration.documents import (
     open_documents,
 )
 from onebit_core.calibration.tables import ARROW_SUFFIX, TABLE_SUFFIXES, open_table
-from onebit_core.errors import CalibrationError, first_line
+from onebit_core.errors import CalibrationError, ConfigError, first_line
 
 BUILTIN = "builtin:python"
 BUILTIN_HELDOUT = "builtin:python-heldout"
@@ -294,3 +294,26 @@ def _builtin(source: str) -> str:
     # Topics repeat each other's paragraphs; what is held out must stand in no other.
     everything = dict.fromkeys(part for topic in paragraphs for part in topic)
     return "\n\n".join(part for part in everything if part not in heldout)
+
+
+def check_weighted(where: str, sources: Sequence[str], weights: Sequence[float]) -> None:
+    """Refuse sources and weights that cannot be meant together.
+
+    Args:
+        where: name of the configuration's part, for the message.
+        sources: each once.
+        weights: of the sources, in their order; empty for equal shares.
+
+    Raises:
+        ConfigError: a source named twice, a weight too many or too few, or one that is not positive.
+    """
+    for source in sources:
+        if sources.count(source) > 1:
+            raise ConfigError(f"{where}.text: {source} is named twice; give it a larger weight instead")
+    if weights and len(weights) != len(sources):
+        raise ConfigError(
+            f"{where}.weights: {len(weights)} weights for {len(sources)} texts; "
+            "give each text one, in the same order, or none"
+        )
+    if any(weight <= 0 for weight in weights):
+        raise ConfigError(f"{where}.weights {list(weights)}: each must be positive")

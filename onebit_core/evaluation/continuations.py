@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from onebit_core.errors import EvaluationError
-from onebit_core.evaluation.logits import PROBE_TOKENS, LogitsReader
+from onebit_core.evaluation.logits import LogitsReader
+from onebit_core.model.head import PROBE_TOKENS
 
 POSITIONS_PER_BATCH = 4096
 POSITIONS_PER_SLICE = 64

@@ -16,8 +16,6 @@ from transformers import PreTrainedModel
 
 from onebit_core.model.head import plain_head
 
-PROBE_TOKENS = 8
-
 
 class LogitsReader:
     """Runs a causal language model over windows and gives its logits in slices, in float32."""
@@ -30,7 +28,7 @@ class LogitsReader:
             probe_T: int64 token ids to try it on.
         """
         self._model = model
-        self._head = plain_head(model, probe_T[:PROBE_TOKENS].to(model.device))
+        self._head = plain_head(model, probe_T)
         self._states_TH: Tensor = torch.empty(0)
 
     @property

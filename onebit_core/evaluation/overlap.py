@@ -26,18 +26,18 @@ def known_text(calibration: Mapping[str, Any], training: Mapping[str, Any], sour
     Returns:
         One sentence, or None if no overlap is known.
     """
+    fingerprint = hashlib.sha256(read_text(source).encode()).hexdigest()
     trainings = [(record, "trained") for record in (training, *training.get("earlier", []))]
     for record, word in ((calibration, "calibrated"), *trainings):
-        name = _overlap(record, source)
+        name = _overlap(record, source, fingerprint)
         if name is not None:
             return f"the model was {word} on this text ({name}): the figures are better than on other text"
     return None
 
 
-def _overlap(record: Mapping[str, Any], source: str) -> str | None:
-    """Return the name of a recorded text that the source is."""
+def _overlap(record: Mapping[str, Any], source: str, fingerprint: str) -> str | None:
+    """Return the name of a recorded text that the source, of that fingerprint, is."""
     fingerprints, covers = record.get("fingerprints", {}), record.get("fingerprint_covers", {})
-    fingerprint = hashlib.sha256(read_text(source).encode()).hexdigest()
     for name, known in fingerprints.items():
         is_decided = covers.get(name, "text") == "text" and _is_one_file(name, source)
         if known == fingerprint or (not is_decided and overlapping_sources([name], [source])):

@@ -12,7 +12,7 @@ Shape suffixes: O = output features, I = input features.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 import torch
@@ -91,26 +91,11 @@ class Latent(nn.Module, ABC):
     def use_closed_form(self) -> None:
         """Recompute scales from the latents where the format has a formula for them, in place of training them."""
 
-    def use_surrogate(self, surrogate: Surrogate) -> None:
-        """Let the gradient of signs be that of another function, in the parts too."""
-        for module in self.modules():
-            if isinstance(module, Latent):
-                module.surrogate = surrogate
 
-
-def use_closed_form(latent: Latent) -> None:
-    """Do so in the parts of a layer, too."""
-    for module in list(latent.modules()):
-        if isinstance(module, Latent):
-            module.use_closed_form()
-
-
-def settle(latents: Iterable[Latent]) -> None:
-    """Do what is to be done after a step of the optimizer, in parts of layers too."""
+def each_latent(latents: Iterable[Latent]) -> Iterator[Latent]:
+    """Yield latents, each with those of its parts."""
     for latent in latents:
-        for module in latent.modules():
-            if isinstance(module, Latent):
-                module.settle()
+        yield from (module for module in latent.modules() if isinstance(module, Latent))
 
 
 def ones_like(scale: Tensor) -> nn.Parameter:

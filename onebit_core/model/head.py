@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+PROBE_TOKENS = 8
+
 
 @torch.inference_mode()
 def plain_head(model: PreTrainedModel, tokens_T: Tensor) -> nn.Module | None:
-    """Return the head, if the logits are the head of the decoder's last hidden state and nothing else."""
+    """Return the head, if the logits are the head of the decoder's last hidden state and nothing else.
+
+    Args:
+        model: in evaluation mode.
+        tokens_T: int64 token ids to try it on; the first PROBE_TOKENS are enough.
+    """
+    tokens_T = tokens_T[:PROBE_TOKENS].to(model.device)
     head: nn.Module | None = model.get_output_embeddings()
     if head is None or model.base_model is model:
         return None

@@ -22,10 +22,6 @@ class StandIn(nn.Module):
         return getattr(self.__dict__["block"], name)
 
 
-def _run(block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return block(hidden, *args, **kwargs)
-
-
 def _run_again(block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(block, hidden, *args, use_reentrant=False, **kwargs)
 
@@ -50,8 +46,9 @@ class Watched(StandIn):
         """Run the block."""
         self.__dict__["seen"].append(hidden)
         block = self.__dict__["block"]
-        run = _run_again if self.__dict__["recompute"] else _run
-        return run(block, hidden, *args, **kwargs)
+        if self.__dict__["recompute"]:
+            return _run_again(block, hidden, *args, **kwargs)
+        return block(hidden, *args, **kwargs)
 
 
 class Given(StandIn):

@@ -130,15 +130,15 @@ class WeightStore:
         return self._readers[file]
 
 
-def open_safetensors(file: Path) -> Any:
-    """Open a file of tensors; safetensors itself calls every file that it may not read missing.
+def open_safetensors(file: Path, device: str = "cpu") -> Any:
+    """Open a file of tensors, to read onto a device; safetensors itself calls files that it may not read missing.
 
     Raises:
         OSError: it is not there, or may not be read.
         SafetensorError: it is another kind of file, or damaged.
     """
     file.open("rb").close()
-    return safe_open(file, framework="pt")
+    return safe_open(file, framework="pt", device=device)
 
 
 def _is_finite(tensor: Tensor) -> bool:

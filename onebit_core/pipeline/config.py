@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from onebit_core.calibration.sources import BUILTIN
+from onebit_core.calibration.sources import BUILTIN, check_weighted
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.methods import method_named
@@ -40,16 +40,7 @@ class CalibrationConfig(StrictConfig):
     def __post_init__(self) -> None:
         if not self.text:
             raise ConfigError("calibration.text: name at least one text")
-        for source in self.text:
-            if self.text.count(source) > 1:
-                raise ConfigError(f"calibration.text: {source} is named twice; give it a larger weight instead")
-        if self.weights and len(self.weights) != len(self.text):
-            raise ConfigError(
-                f"calibration.weights: {len(self.weights)} weights for {len(self.text)} texts; "
-                "give each text one, in the same order, or none"
-            )
-        if any(weight <= 0 for weight in self.weights):
-            raise ConfigError(f"calibration.weights {list(self.weights)}: each must be positive")
+        check_weighted("calibration", self.text, self.weights)
         samples = 1 if self.samples is None else self.samples
         if samples < 1 or self.tokens < 2:
             raise ConfigError(

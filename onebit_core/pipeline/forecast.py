@@ -26,7 +26,7 @@ from onebit_core.model.experts import experts_in
 from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.allocation import MOST_SAMPLES, MOST_TOKENS, average_bits, ladder_of
 from onebit_core.pipeline.config import QuantizeConfig
-from onebit_core.pipeline.memory import MemoryPlan
+from onebit_core.pipeline.memory import MemoryPlan, linear_shapes
 from onebit_core.pipeline.plan import Plan
 from onebit_core.reconstruction.block import LOSS_SAMPLES
 from onebit_core.reconstruction.config import DISTILL_SAMPLES
@@ -65,7 +65,7 @@ class Forecast:
 
 def forecast(original: OriginalModel, plan: Plan, config: QuantizeConfig) -> Forecast:
     """Say what a quantization will give and take; runs for some seconds."""
-    shapes = _shapes(original)
+    shapes = linear_shapes(original)
     settings = config.method_settings()
     weights = sum(rows * columns for rows, columns in shapes)
     bits = average_bits(plan.method, settings, shapes) if config.bits is None else config.bits
@@ -90,12 +90,6 @@ def _nominal_bits(method: Method, config: QuantizeConfig, bits: float, shapes: S
         if low <= bits <= high and low < high:
             return below + (above - below) * (bits - low) / (high - low)
     return steps[0][1]
-
-
-def _shapes(original: OriginalModel) -> list[tuple[int, int]]:
-    """Return (out_features, in_features) of all linears that will be quantized."""
-    linears = [linear_of(block, name) for block in original.blocks for name in linear_names(block, original.layout)]
-    return [(linear.out_features, linear.in_features) for linear in linears]
 
 
 def _other_bytes(original: OriginalModel, config: QuantizeConfig) -> int:

@@ -16,6 +16,7 @@ docs/big-models.md compares plan and measurement.
 """
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,15 +238,16 @@ def _reconstruction(config: QuantizeConfig, block_elements: int, forward_element
     return FLOAT_BYTES * (TRAINING_COPIES * block_elements + states)
 
 
+def linear_shapes(original: OriginalModel) -> list[tuple[int, int]]:
+    """Return (out_features, in_features) of all linears that will be quantized."""
+    linears = [linear_of(block, name) for block in original.blocks for name in linear_names(block, original.layout)]
+    return [(linear.out_features, linear.in_features) for linear in linears]
+
+
 def _packed(original: OriginalModel, config: QuantizeConfig) -> int:
     """Return what the finished layers of all blocks take."""
     method, settings = method_named(config.method), config.method_settings()
-    counts: dict[tuple[int, int], int] = {}
-    for block in original.blocks:
-        for name in linear_names(block, original.layout):
-            linear = linear_of(block, name)
-            shape = (linear.out_features, linear.in_features)
-            counts[shape] = counts.get(shape, 0) + 1
+    counts = Counter(linear_shapes(original))
     bits = {shape: config.bits or method.true_bits(settings, *shape) for shape in counts}
     return int(sum(count * shape[0] * shape[1] * bits[shape] for shape, count in counts.items()) / 8)
 
@@ -264,11 +266,7 @@ def _training(original: OriginalModel, config: QuantizeConfig) -> int:
     if not config.training.enabled:
         return 0
     method, settings = method_named(config.method), config.method_settings()
-    shapes = [
-        (linear.out_features, linear.in_features)
-        for block in original.blocks
-        for linear in (linear_of(block, name) for name in linear_names(block, original.layout))
-    ]
+    shapes = linear_shapes(original)
     specs = {shape: method.spec(settings, *shape) for shape in set(shapes)}
     layers = [(rows * columns, specs[rows, columns]) for rows, columns in shapes]
     return training_bytes(original, config.training, config.calibration.tokens, layers)

@@ -12,13 +12,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from onebit_core.artifact.manifest import LayerReport
 from onebit_core.errors import ArtifactError, ConfigError, CorruptArtifact, first_line
 from onebit_core.layers import LayerSpec, QuantizedLinear, build_layer
+from onebit_core.model.weights import open_safetensors
 
 RUN_FILE = "run.json"
 WRITTEN_FILE = "written.safetensors"
@@ -88,7 +89,7 @@ class WorkFolder:
             return None
         result: BlockResult = {}
         try:
-            with safe_open(file, framework="pt") as reader:
+            with open_safetensors(file) as reader:
                 for name, text in (reader.metadata() or {}).items():
                     values = json.loads(text)
                     layer = build_layer(LayerSpec.from_dict(values["spec"]))
@@ -141,7 +142,7 @@ def load_written(folder: Path, key: str) -> Tensor | None:
     if not file.is_file():
         return None
     try:
-        with safe_open(file, framework="pt") as reader:
+        with open_safetensors(file) as reader:
             found, ids_ST = (reader.metadata() or {}).get("key"), reader.get_tensor("ids")
     except (SafetensorError, OSError) as error:
         raise CorruptArtifact(f"{file}: damaged ({first_line(error)}); remove it to write the text again") from error

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from onebit_core.errors import ArtifactError, ConfigError, CorruptArtifact, first_line
+from onebit_core.model.weights import open_safetensors
 
 RUN_FILE = "training.json"
 
@@ -100,7 +101,7 @@ class Checkpoints:
             return None
         file = self._file(self.step)
         try:
-            with safe_open(file, framework="pt", device=str(device)) as reader:
+            with open_safetensors(file, str(device)) as reader:
                 curve = json.loads((reader.metadata() or {})["curve"])
                 tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118  (no mapping)
         except (SafetensorError, OSError, ValueError, KeyError) as error:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from onebit_core.calibration.sources import check_weighted
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.latents.straight_through import SURROGATES, Surrogate
@@ -99,16 +100,7 @@ class TrainingConfig(StrictConfig):
                 f"training.samples {self.samples}: {self.held_out} are held out (training.held_out), so at least "
                 f"{self.held_out + 1} are needed"
             )
-        for source in self.text:
-            if self.text.count(source) > 1:
-                raise ConfigError(f"training.text: {source} is named twice; give it a larger weight instead")
-        if any(weight <= 0 for weight in self.weights):
-            raise ConfigError(f"training.weights {list(self.weights)}: each must be positive")
-        if self.weights and len(self.weights) != len(self.text):
-            raise ConfigError(
-                f"training.weights: {len(self.weights)} weights for {len(self.text)} texts; "
-                "give each text one, in the same order, or none"
-            )
+        check_weighted("training", self.text, self.weights)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides the steps: not what only saves memory, or says how often something is written."""

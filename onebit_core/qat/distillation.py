@@ -17,8 +17,6 @@ from onebit_core.model.head import plain_head
 from onebit_core.model.stand_ins import watched
 from onebit_core.qat.losses import Head, hidden_loss, logit_loss
 
-PROBE_TOKENS = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
@@ -39,7 +37,7 @@ class Runner:
     def __init__(self, model: PreTrainedModel, probe_T: Tensor, *, recompute: bool = False) -> None:
         self.model, self.recompute = model, recompute
         self.blocks: nn.ModuleList = blocks_of(model, layout_of(type(model).__name__))
-        self._head = plain_head(model, probe_T[:PROBE_TOKENS].to(model.device))
+        self._head = plain_head(model, probe_T)
 
     @property
     def head(self) -> Head:

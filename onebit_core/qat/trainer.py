@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from onebit_core.errors import ArtifactError, Cancelled, CorruptArtifact, TrainingError
 from onebit_core.latents import Latent
-from onebit_core.latents.base import settle, use_closed_form
+from onebit_core.latents.base import each_latent
 from onebit_core.progress import Watch
 from onebit_core.qat.checkpoint import Checkpoints, TrainingState
 from onebit_core.qat.config import TrainingConfig
@@ -82,10 +82,10 @@ class Trainer:
     ) -> None:
         self.pair, self.windows, self.config, self.checkpoints = pair, windows, config, checkpoints
         self.latents = list(latents.values())
-        for latent in self.latents:
-            latent.use_surrogate(config.surrogate)
+        for latent in each_latent(self.latents):
+            latent.surrogate = config.surrogate
             if config.scales == "closed_form":
-                use_closed_form(latent)
+                latent.use_closed_form()
         self.values = {
             f"{name}:{child}": value for name, latent in latents.items() for child, value in latent.named_parameters()
         }
@@ -143,7 +143,8 @@ class Trainer:
             if not math.isfinite(value):
                 raise self._diverged(f"the {name} of step {step + 1} is {value}")
         self.optimizer.step()
-        settle(self.latents)
+        for latent in each_latent(self.latents):
+            latent.settle()
         self._since_look.append((kl, hidden))
         return kl
 

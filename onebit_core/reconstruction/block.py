@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from onebit_core.calibration.sampling import evenly
 from onebit_core.latents import LATENTS, Latent
-from onebit_core.latents.base import settle
+from onebit_core.latents.base import each_latent
 from onebit_core.layers import QuantizedLinear
 from onebit_core.model.replace import replace_module
 from onebit_core.reconstruction.config import ReconstructionConfig
@@ -106,7 +106,8 @@ def _train(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            settle(latents)
+            for latent in each_latent(latents):
+                latent.settle()
             schedule.step()
 
 

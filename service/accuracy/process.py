@@ -27,8 +27,9 @@ from transformers.utils import logging as transformers_logging
 from onebit_core.artifact.reader import load_model
 from onebit_core.errors import EvaluationError, NotEnoughMemory, OnebitError
 from onebit_core.evaluation.divergence import summarize_divergence, token_agreement, token_divergence
-from onebit_core.evaluation.logits import PROBE_TOKENS, LogitsReader
+from onebit_core.evaluation.logits import LogitsReader
 from onebit_core.evaluation.run import choose_dtype, find_original
+from onebit_core.model.head import PROBE_TOKENS
 from onebit_core.model.loading import load_original
 from service.accuracy.types import PositionScores, ScorerConfig
 from service.engine.process import belong_to

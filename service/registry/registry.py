@@ -299,7 +299,7 @@ class ModelRegistry:
         if slot is None and self._is_starting:
             raise ModelLoading("models are still being loaded", retry_after_seconds=LOADING_RETRY_SECONDS)
         if slot is None:
-            raise UnknownModel(f"no model named {name[:128]!r} is served here; known: {self._known()}", param="model")
+            raise self._unknown(name)
         if slot.model is None:
             raise ModelLoading(f"model {name!r} is still loading", retry_after_seconds=LOADING_RETRY_SECONDS)
         with slot.lease(slot.model) as model:
@@ -317,7 +317,7 @@ class ModelRegistry:
         """
         slot = self._slots.get(self.aliases.resolve(name))
         if slot is None:
-            raise UnknownModel(f"no model named {name[:128]!r} is served here; known: {self._known()}", param="model")
+            raise self._unknown(name)
         if slot.model is None:
             raise UnknownModel(f"model {name[:128]!r} is still loading; ask again in a while", param="model")
         return slot.model
@@ -330,6 +330,10 @@ class ModelRegistry:
     def names(self) -> list[str]:
         """Every model that is served or on the way, without aliases."""
         return list(self._slots)
+
+    def _unknown(self, name: str) -> UnknownModel:
+        """Return the refusal of a name that nothing is served under."""
+        return UnknownModel(f"no model named {name[:128]!r} is served here; known: {self._known()}", param="model")
 
     def _known(self) -> str:
         return ", ".join((*self._slots, *self.aliases)) or "none"

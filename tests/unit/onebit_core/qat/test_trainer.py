@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 
 from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.errors import Cancelled, ConfigError, CorruptArtifact, TrainingError
-from onebit_core.latents.base import use_closed_form
 from onebit_core.latents.student import in_training
 from onebit_core.layers import quantized_layers
 from onebit_core.methods import METHODS
@@ -84,7 +83,7 @@ def test_scales_in_closed_form_are_those_of_the_latents(folder, windows, method,
     before = {name: layer.dequantize() for name, layer in quantized_layers(pair.blocks)}
     with in_training(pair.blocks) as latents:
         for name, latent in latents.items():
-            use_closed_form(latent)
+            latent.use_closed_form()
             assert "factor.scale_out" not in dict(latent.named_parameters())
             assert torch.allclose(latent.whole_weight(), before[name], atol=1e-6)
             with torch.no_grad():
