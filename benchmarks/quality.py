@@ -30,7 +30,7 @@ from benchmarks.quality_table import markdown
 from onebit_core.artifact.manifest import EvaluationResult, Manifest, Report
 from onebit_core.artifact.reader import load_model, read_manifest, read_report
 from onebit_core.artifact.writer import update_report
-from onebit_core.calibration.sources import BUILTIN
+from onebit_core.calibration.sources import BUILTIN, SELF
 from onebit_core.cli.evaluate import parse_texts
 from onebit_core.cli.output import progress_watch
 from onebit_core.errors import ConfigError, OnebitError
@@ -157,7 +157,7 @@ def _trained(row: Row, start: str, options: argparse.Namespace, device: str, wat
     out: Path = options.work / row.name
     (before,) = choose_rows([start])
     artifact = _quantized(before, options, device, watch)
-    training = {"tokens": options.tokens, "text": options.calibration or [BUILTIN], **row.training}
+    training = {"tokens": options.tokens, **_training_text(row, options.calibration or [BUILTIN]), **row.training}
     config = TrainArtifactConfig.from_dict(
         {"artifact": str(artifact), "original": options.model, "training": training, "name": row.name, "device": device}
     )
@@ -171,6 +171,13 @@ def _trained(row: Row, start: str, options: argparse.Namespace, device: str, wat
     with _unfinished(options.work, row) as work:
         train_artifact(config, out, watch=watch, work=work)
     return out
+
+
+def _training_text(row: Row, texts: Sequence[str]) -> dict[str, Any]:
+    """Return the texts of a training with their weights: what the original writes beside the calibration's."""
+    if not row.written:
+        return {"text": texts}
+    return {"text": [*texts, SELF], "weights": [(1 - row.written) / len(texts)] * len(texts) + [row.written]}
 
 
 def _config_of(row: Row, options: argparse.Namespace, device: str) -> QuantizeConfig:

@@ -17,6 +17,7 @@ class Row:
         bits: average true bits to spread over layers, or None.
         start: name of the row whose artifact is trained to make this one; method and settings are that row's.
         training: fields of TrainingConfig, of a row with a start; its text is the calibration's.
+        written: share of the training's text that the original writes itself.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Row:
     bits: float | None = None
     start: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    written: float = 0.0
 
 
 def _trained(start: Row, suffix: str = "", **training: Any) -> Row:
@@ -37,11 +39,31 @@ def _trained(start: Row, suffix: str = "", **training: Any) -> Row:
         preset=start.preset,
         start=start.name,
         training={**TRAINING, **training},
+        written=WRITTEN,
     )
 
 
-TRAINING = {"steps": 200, "batch": 4, "windows_at_once": 2, "evaluate_every": 25, "latent_rate": 0.02}
-"""800 windows of 1024 tokens: an hour on two cores for SmolLM2-135M."""
+TRAINING = {
+    "steps": 200,
+    "tokens": 512,
+    "batch": 4,
+    "evaluate_every": 20,
+    "alpha": 0.0,
+    "sign_rate": 3e-5,
+    "scale_rate": 2e-3,
+}
+"""800 windows of 512 tokens: an hour on two cores for SmolLM2-135M."""
+
+WRITTEN = 0.125
+
+SHORT = {"steps": 40}
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "-short": {},
+    "-short-hidden": {"alpha": 0.1},
+    "-short-scales": {"sign_rate": 0.0},
+    "-short-adam": {"sign_optimizer": "adam", "latent_rate": 0.04},
+}
+"""What each part of a training is worth, in forty steps."""
 
 SVID_FULL = Row(name="svid+full", method="svid", preset="full")
 LUT2_ROW_LIGHT = Row(name="lut2-row+light", method="lut2", settings={"group_size": 0}, preset="light")
@@ -140,8 +162,6 @@ ROWS = (
     ),
     Row(name="pb_llm-10+light", method="pb_llm", settings={"ratio": 0.1}, preset="light"),
     _trained(SVID_FULL),
-    _trained(SVID_FULL, "-logits", alpha=0.0),
-    _trained(SVID_FULL, "-clipped", surrogate="clipped"),
-    _trained(SVID_FULL, "-smooth", surrogate="smooth"),
+    *(_trained(SVID_FULL, suffix, **SHORT, **changed) for suffix, changed in ABLATIONS.items()),
     _trained(LUT2_ROW_LIGHT),
 )

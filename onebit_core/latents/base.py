@@ -54,6 +54,10 @@ class Latent(nn.Module, ABC):
         """Return the parameters behind signs and codes."""
         return [value for name, value in self.named_parameters() if name.startswith("latent")]
 
+    def signs(self) -> list[nn.Parameter]:
+        """Return those of this layer, its parts excepted, of which nothing but the sign is used."""
+        return []
+
     def rated_latents(self) -> list[tuple[list[nn.Parameter], float]]:
         """Return the same in lists, each with what the configured rate is multiplied by."""
         return [(self.latents(), self.RATE)]

@@ -82,6 +82,10 @@ class SharedSignLatent(SignLatent):
         through_OI = (self.latent_OI - self.latent_OI.detach()) * self.unit_OI
         return (self._signs(scales_POI) * scales_POI).sum(0) + self._shift(scales) + through_OI
 
+    def signs(self) -> list[nn.Parameter]:
+        """Return none: the latent decides by its size, too."""
+        return []
+
     def use_closed_form(self) -> None:
         """Do nothing: the scales of several planes have no such formula."""
 

@@ -56,6 +56,10 @@ class SignLatent(Latent):
             self.factor["shift"] = nn.Parameter(torch.zeros_like(self.stored["shift"]))
             self.typical = weight_OI.abs().mean()
 
+    def signs(self) -> list[nn.Parameter]:
+        """Return the plane's latent."""
+        return [self.latent_POI]
+
     def rated_latents(self) -> list[tuple[list[nn.Parameter], float]]:
         """Return them with the rate of their kind."""
         return [(self.latents(), self.PLAIN_RATE if self.plain else self.RATE)]
@@ -156,6 +160,10 @@ class FactorLatent(Latent):
         self.latent_OR = start_of_signs(up_OR, start["up"] if start else up_OR)
         self.stored = {name: layer.get_buffer(name).float() for name in ("scale_in", "scale_mid", "scale_out")}
         self.factor = nn.ParameterDict({name: ones_like(value) for name, value in self.stored.items()})
+
+    def signs(self) -> list[nn.Parameter]:
+        """Return both factors' latents."""
+        return [self.latent_RI, self.latent_OR]
 
     def _scale(self, name: str) -> Tensor:
         scale: Tensor = self.stored[name] * self.factor[name]

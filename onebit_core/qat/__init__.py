@@ -3,15 +3,26 @@
     config         how long, how fast, on what
     losses         of logits and of hidden states
     distillation   student and teacher side by side
+    adaptation     a text alone, for adapters
+    bop            which signs turn
     trainer        the loop
     checkpoint     a training on disk
 
 What a format can change is in onebit_core.latents, so every format takes part.
 """
 
+from onebit_core.qat.adaptation import Adaptation
 from onebit_core.qat.checkpoint import Checkpoints
 from onebit_core.qat.config import TrainingConfig
 from onebit_core.qat.distillation import Distillation
 from onebit_core.qat.trainer import Trainer, TrainingResult, TrainingWindows
 
-__all__ = ["Checkpoints", "Distillation", "Trainer", "TrainingConfig", "TrainingResult", "TrainingWindows"]
+__all__ = [
+    "Adaptation",
+    "Checkpoints",
+    "Distillation",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingResult",
+    "TrainingWindows",
+]

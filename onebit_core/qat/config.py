@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from onebit_core.calibration.sources import check_weighted
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.latents.straight_through import SURROGATES, Surrogate
+
+SignOptimizer = Literal["bop", "adam"]
 
 AT_LEAST = {
     "steps": 0,
@@ -16,6 +18,7 @@ AT_LEAST = {
     "batch": 1,
     "windows_at_once": 1,
     "alpha": 0,
+    "sign_rate": 0,
     "latent_rate": 0,
     "scale_rate": 0,
     "evaluate_every": 1,
@@ -41,11 +44,14 @@ class TrainingConfig(StrictConfig):
         windows_at_once: of a step; the gradients of several runs are added up, which takes less memory.
         recompute: run blocks again in the backward pass: a third slower, and one block's activations at a time.
         alpha: weight of the hidden states' loss beside that of the logits; 0 leaves it out.
-        surrogate: whose gradient signs have (onebit_core.latents.straight_through).
+        sign_optimizer: of single sign planes and sign factors: `bop` turns those whose gradients are the surest
+            (onebit_core.qat.bop), `adam` moves a latent behind each and turns what crosses zero.
+        sign_rate: with `bop`, the share of all signs that turn in a step.
+        surrogate: with `adam`, whose gradient signs have (onebit_core.latents.straight_through).
         scales: `trained`, or `closed_form`: output scales of single sign planes follow from the latents at every step
             (PB-LLM), the others are trained.
-        latent_rate: Adam's step for signs and codes, in units of a weight's mean magnitude or step; a sign
-            starts one unit from zero, so rates added up over all steps must exceed one for any to turn.
+        latent_rate: Adam's step for codes, and with `adam` for signs, in units of a weight's mean magnitude or step;
+            a sign starts one unit from zero, so rates added up over all steps must exceed one for any to turn.
         scale_rate: Adam's step for scales and levels, relative to their size.
         warmup: share of the steps in which rates rise from nothing.
         largest_gradient: norm that gradients are scaled down to.
@@ -65,11 +71,13 @@ class TrainingConfig(StrictConfig):
     batch: int = 4
     windows_at_once: int = 4
     recompute: bool = False
-    alpha: float = 1.0
+    alpha: float = 0.0
+    sign_optimizer: SignOptimizer = "bop"
+    sign_rate: float = 3e-5
     surrogate: Surrogate = "identity"
     scales: Literal["trained", "closed_form"] = "trained"
     latent_rate: float = 1e-2
-    scale_rate: float = 5e-4
+    scale_rate: float = 2e-3
     warmup: float = 0.05
     largest_gradient: float = 1.0
     evaluate_every: int = 50
@@ -81,6 +89,7 @@ class TrainingConfig(StrictConfig):
     def __post_init__(self) -> None:
         if self.surrogate not in SURROGATES:
             raise ConfigError(f"training.surrogate {self.surrogate!r}; known: {', '.join(SURROGATES)}")
+        self._check_signs()
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
@@ -92,6 +101,22 @@ class TrainingConfig(StrictConfig):
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"training.seed {self.seed}: from 0 to 2**63 - 1")
         self._check_windows()
+
+    def _check_signs(self) -> None:
+        """Refuse settings of one optimizer beside the other."""
+        if self.sign_optimizer not in get_args(SignOptimizer):
+            known = ", ".join(get_args(SignOptimizer))
+            raise ConfigError(f"training.sign_optimizer {self.sign_optimizer!r}; known: {known}")
+        if self.sign_rate > 1:
+            raise ConfigError(f"training.sign_rate {self.sign_rate}: a share of all signs, at most 1")
+        if self.sign_optimizer == "adam":
+            return
+        for name, value in (("surrogate", self.surrogate), ("scales", self.scales)):
+            if value not in ("identity", "trained"):
+                raise ConfigError(
+                    f"training.{name} {value}: follows the size of latents, which bop does not change; "
+                    "set training.sign_optimizer to adam"
+                )
 
     def _check_windows(self) -> None:
         """Refuse windows that leave nothing to train on, and weights that do not fit the texts."""

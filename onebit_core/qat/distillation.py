@@ -6,7 +6,7 @@ Shape suffixes: B = windows, T = tokens, N = B * T, D = hidden size.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,9 @@ class Runner:
 class Distillation:
     """A student with latents in the places of its layers, and the original it learns from."""
 
+    quantity: ClassVar[str] = "kl"
+    """What `logits` of the losses is, in curves and progress."""
+
     def __init__(
         self,
         student: PreTrainedModel,
@@ -73,7 +76,7 @@ class Distillation:
 
     def losses(self, ids_BT: Tensor, *, hidden: bool) -> Losses:
         """Run both on windows, int64; gradients lead to the student's latents where they are enabled."""
-        with self._mixed():
+        with mixed_precision(self.student.model.device, self.dtype):
             with torch.no_grad():
                 wanted_ND, teacher_seen = self.teacher(ids_BT)
             states_ND, seen = self.student(ids_BT)
@@ -82,7 +85,7 @@ class Distillation:
         return Losses(logits=logits, hidden=inputs)
 
     @torch.no_grad()
-    def mean_divergence(self, windows_ST: Tensor, at_once: int, check: Callable[[], None] = lambda: None) -> float:
+    def mean_loss(self, windows_ST: Tensor, at_once: int, check: Callable[[], None] = lambda: None) -> float:
         """Return the mean KL per token over windows, in nats; `check` is called before each run and may raise."""
         total = 0.0
         for part_BT in windows_ST.split(at_once):
@@ -90,9 +93,9 @@ class Distillation:
             total += float(self.losses(part_BT, hidden=False).logits) * len(part_BT)
         return total / len(windows_ST)
 
-    @contextmanager
-    def _mixed(self) -> Iterator[Any]:
-        """Let products run in the training's dtype; sums, norms and softmaxes stay in float32."""
-        kind = self.student.model.device.type
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype != torch.float32) as mixed:
-            yield mixed
+
+@contextmanager
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let products run in a dtype; sums, norms and softmaxes stay in float32."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        yield

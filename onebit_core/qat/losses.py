@@ -26,6 +26,9 @@ POSITIONS_AT_ONCE = 512
 Head = Callable[[Tensor], Tensor]
 """Hidden states [N, D] to logits [N, V]."""
 
+SummedLoss = Callable[[Tensor, slice], Tensor]
+"""(states of a slice of positions, which slice) to the sum of their losses."""
+
 
 def hidden_loss(student_BTD: Sequence[Tensor], teacher_BTD: Sequence[Tensor]) -> Tensor:
     """Return the loss of hidden states, added up over blocks.
@@ -52,27 +55,53 @@ def logit_loss(states_ND: Tensor, wanted_ND: Tensor, heads: tuple[Head, Head]) -
         wanted_ND: the teacher's.
         heads: of student and teacher; neither has parameters that learn.
     """
-    loss: Tensor = _ChunkedDivergence.apply(states_ND, wanted_ND, *heads)  # type: ignore[no-untyped-call]  # torch's
+    head, teacher_head = heads
+
+    def divergence(part_ND: Tensor, places: slice) -> Tensor:
+        with torch.no_grad():
+            wanted_NV = teacher_head(wanted_ND[places])
+        return summed_divergence(head(part_ND), wanted_NV)
+
+    return _mean_in_slices(states_ND, divergence)
+
+
+def next_token_loss(states_BTD: Tensor, ids_BT: Tensor, head: Head) -> Tensor:
+    """Return the mean cross-entropy of every next token, in nats.
+
+    Args:
+        states_BTD: last hidden states, with gradients.
+        ids_BT: int64, the text itself.
+        head: without parameters that learn.
+    """
+    next_N = ids_BT[:, 1:].flatten()
+
+    def cross_entropy(part_ND: Tensor, places: slice) -> Tensor:
+        return nn.functional.cross_entropy(head(part_ND).float(), next_N[places], reduction="sum")
+
+    return _mean_in_slices(states_BTD[:, :-1].flatten(0, 1), cross_entropy)
+
+
+def _mean_in_slices(states_ND: Tensor, summed: SummedLoss) -> Tensor:
+    """Return the mean over positions of a loss that is added up slice by slice."""
+    loss: Tensor = _InSlices.apply(states_ND, summed)  # type: ignore[no-untyped-call]  # torch's
     return loss
 
 
-class _ChunkedDivergence(torch.autograd.Function):
-    """The loss and its gradient in one pass over slices of positions, so that no window's logits are kept."""
+class _InSlices(torch.autograd.Function):
+    """A loss and its gradient in one pass over slices of positions, so that no window's logits are kept."""
 
     @staticmethod
-    def forward(ctx: Any, states_ND: Tensor, wanted_ND: Tensor, head: Head, teacher_head: Head) -> Tensor:
+    def forward(ctx: Any, states_ND: Tensor, summed: SummedLoss) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=states_ND.device)
         gradients: list[Tensor] = []
-        slices = zip(states_ND.split(POSITIONS_AT_ONCE), wanted_ND.split(POSITIONS_AT_ONCE), strict=True)
-        for part_ND, wanted_part_ND in slices:
-            with torch.no_grad():
-                wanted_NV = teacher_head(wanted_part_ND)
+        for start in range(0, len(states_ND), POSITIONS_AT_ONCE):
+            places = slice(start, start + POSITIONS_AT_ONCE)
             if not ctx.needs_input_grad[0]:
-                total += summed_divergence(head(part_ND), wanted_NV)
+                total += summed(states_ND[places], places)
                 continue
             with torch.enable_grad():
-                leaf_ND = part_ND.detach().requires_grad_()
-                loss = summed_divergence(head(leaf_ND), wanted_NV)
+                leaf_ND = states_ND[places].detach().requires_grad_()
+                loss = summed(leaf_ND, places)
             gradients += torch.autograd.grad(loss, leaf_ND)
             total += loss.detach()
         if gradients:
@@ -80,6 +109,6 @@ class _ChunkedDivergence(torch.autograd.Function):
         return (total / len(states_ND)).float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * gradient.to(gradient_ND.dtype), None, None, None
+        return gradient_ND * gradient.to(gradient_ND.dtype), None

@@ -1,26 +1,27 @@
-"""The training loop: Adam on the latents of all layers, until the student says what its teacher says.
+"""The training loop: all layers change together, until the student says what its teacher says.
 
     for each step:
         add up the gradients of a batch of windows, a few windows at a time
-        scale them down to the largest norm allowed; Adam; rates rise, then fall along half a cosine to a tenth
+        scale them down to the largest norm allowed
+        Adam on scales, levels and latents, Bop on signs; rates rise, then fall along half a cosine to a tenth
         now and then: KL on windows held out; the best latents so far are kept; a checkpoint
 
 Latents and Adam's moments are float32, products run in bfloat16 where that is fast (mixed precision). The order of
 windows follows from seed and epoch alone, so a run that continues from a checkpoint takes the same steps.
 
 Sources: OneBit, arXiv:2402.11295, section 3.4 (the loss, Adam with betas 0.9 and 0.98); rates relative to a weight's
-mean magnitude: ours.
+mean magnitude: ours. Bop: see there.
 
 Shape suffixes: S = windows, B = windows of a step, T = tokens.
 """
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,13 @@ from onebit_core.errors import ArtifactError, Cancelled, CorruptArtifact, Traini
 from onebit_core.latents import Latent
 from onebit_core.latents.base import each_latent
 from onebit_core.progress import Watch
+from onebit_core.qat.bop import Bop
 from onebit_core.qat.checkpoint import Checkpoints, TrainingState
 from onebit_core.qat.config import TrainingConfig
-from onebit_core.qat.distillation import Distillation
+from onebit_core.qat.distillation import Losses
 
 ADAM_BETAS = (0.9, 0.98)
-ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 LAST_RATE = 0.1
 SEED_STRIDE = 1_000_003
 """Between the first epochs of two seeds; the generator looks at 32 bits of what it is given."""
@@ -59,7 +61,7 @@ class TrainingResult:
 
     Attributes:
         curve: one entry a look at the held-out windows: step, tokens trained on, held_out_kl, seconds, and means since
-            the look before: kl, hidden.
+            the look before: kl, hidden. Where the objective is another quantity, its name is in kl's place.
         best: the entry whose latents were kept.
         steps: taken, fewer than asked for where it ended early.
     """
@@ -69,19 +71,45 @@ class TrainingResult:
     steps: int = 0
 
 
+class Objective(Protocol):
+    """What is learned; Distillation is one."""
+
+    quantity: ClassVar[str]
+
+    def losses(self, ids_BT: Tensor, *, hidden: bool) -> Losses:
+        """Return the losses of windows, with gradients."""
+
+    def mean_loss(self, windows_ST: Tensor, at_once: int, check: Callable[[], None]) -> float:
+        """Return the mean of the first loss over windows, without gradients."""
+
+
+class Trainable(Protocol):
+    """A module that learns; Latent is one."""
+
+    def latents(self) -> list[nn.Parameter]:
+        """Return what is behind signs and codes."""
+
+    def factors(self) -> list[nn.Parameter]:
+        """Return what is behind scales and levels."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield both, by name."""
+
+
 class Trainer:
     """One training of a student's latents."""
 
     def __init__(
         self,
-        pair: Distillation,
-        latents: Mapping[str, Latent],
+        objective: Objective,
+        latents: Mapping[str, Trainable],
         windows: TrainingWindows,
         config: TrainingConfig,
         checkpoints: Checkpoints | None = None,
     ) -> None:
-        self.pair, self.windows, self.config, self.checkpoints = pair, windows, config, checkpoints
-        self.latents = list(latents.values())
+        self.objective, self.windows, self.config, self.checkpoints = objective, windows, config, checkpoints
+        self.latents = [latent for latent in latents.values() if isinstance(latent, Latent)]
+        self._held_out = f"held_out_{objective.quantity}"
         for latent in each_latent(self.latents):
             latent.surrogate = config.surrogate
             if config.scales == "closed_form":
@@ -89,7 +117,14 @@ class Trainer:
         self.values = {
             f"{name}:{child}": value for name, latent in latents.items() for child, value in latent.named_parameters()
         }
-        self.optimizer = _optimizer(latents, config)
+        self.optimizers = _optimizers(latents, config)
+        names = {id(value): name for name, value in self.values.items()}
+        self._moments = {
+            names[id(value)]: optimizer.state[value]
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for value in group["params"]
+        }
         self.result = TrainingResult()
         self._best: dict[str, Tensor] = {}
         self._since_look: list[tuple[float, float]] = []
@@ -111,7 +146,7 @@ class Trainer:
                     break
                 loss = self._step(step, watch)
                 step += 1
-                watch.report("train", step, self.config.steps, kl=round(loss, 4))
+                watch.report("train", step, self.config.steps, **{self.objective.quantity: round(loss, 4)})
                 if step % self.config.checkpoint_every == 0:
                     self._keep(step)
         except Cancelled:
@@ -124,29 +159,31 @@ class Trainer:
         return self.result
 
     def _step(self, step: int, watch: Watch) -> float:
-        """Take one step of Adam; return the KL of its windows."""
+        """Take one step; return the loss of its windows."""
         rate = rate_at(step, self.config.steps, self.config.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["full_rate"] * rate
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_rate"] * rate
+            optimizer.zero_grad(set_to_none=True)
         batch_BT = self.windows.train_ST[order_of(step, len(self.windows.train_ST), self.config)]
-        kl = hidden = 0.0
+        loss = hidden = 0.0
         for part_BT in batch_BT.split(self.config.windows_at_once):
             watch.cancel.raise_if_cancelled()
-            losses = self.pair.losses(part_BT, hidden=self.config.alpha > 0)
+            losses = self.objective.losses(part_BT, hidden=self.config.alpha > 0)
             share = len(part_BT) / len(batch_BT)
             ((losses.logits + self.config.alpha * losses.hidden) * share).backward()
-            kl += float(losses.logits.detach()) * share
+            loss += float(losses.logits.detach()) * share
             hidden += float(losses.hidden.detach()) * share
         norm = float(nn.utils.clip_grad_norm_(self.values.values(), self.config.largest_gradient))
-        for name, value in (("loss", kl + hidden), ("gradient", norm)):
+        for name, value in (("loss", loss + hidden), ("gradient", norm)):
             if not math.isfinite(value):
                 raise self._diverged(f"the {name} of step {step + 1} is {value}")
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         for latent in each_latent(self.latents):
             latent.settle()
-        self._since_look.append((kl, hidden))
-        return kl
+        self._since_look.append((loss, hidden))
+        return loss
 
     def _diverged(self, what: str) -> TrainingError:
         """Return the error of a training that cannot go on."""
@@ -163,24 +200,24 @@ class Trainer:
     def _look(self, step: int, watch: Watch) -> None:
         """Measure the held-out windows and note the best latents."""
         check = watch.cancel.raise_if_cancelled
-        held_out = self.pair.mean_divergence(self.windows.held_out_ST, self.config.windows_at_once, check)
+        held_out = self.objective.mean_loss(self.windows.held_out_ST, self.config.windows_at_once, check)
         if not math.isfinite(held_out):
             raise self._diverged(f"the held-out loss after step {step} is {held_out}")
         entry: dict[str, Any] = {
             "step": step,
             "tokens": step * self.config.batch * self.windows.train_ST.shape[1],
-            "held_out_kl": round(held_out, 6),
+            self._held_out: round(held_out, 6),
             "seconds": round(time.monotonic() - self._started, 1),
         }
         if self._since_look:
-            kl, hidden = (sum(part) / len(self._since_look) for part in zip(*self._since_look, strict=True))
-            entry |= {"kl": round(kl, 6), "hidden": round(hidden, 6)}
+            loss, hidden = (sum(part) / len(self._since_look) for part in zip(*self._since_look, strict=True))
+            entry |= {self.objective.quantity: round(loss, 6), "hidden": round(hidden, 6)}
         self._since_look = []
         self.result.curve.append(entry)
-        if not self.result.best or entry["held_out_kl"] < self.result.best["held_out_kl"]:
+        if not self.result.best or entry[self._held_out] < self.result.best[self._held_out]:
             self.result.best = entry
             self._remember_best()
-        watch.tell("train", step, self.config.steps, held_out_kl=entry["held_out_kl"])
+        watch.tell("train", step, self.config.steps, **{self._held_out: entry[self._held_out]})
 
     def _remember_best(self) -> None:
         """Copy the latents, over the copy before."""
@@ -204,8 +241,8 @@ class Trainer:
         """Return everything that the next step depends on."""
         tensors = {f"value:{name}": value.detach() for name, value in self.values.items()}
         tensors |= {f"best:{name}": value for name, value in self._best.items()}
-        for name, value in self.values.items():
-            for key, kept in self.optimizer.state[value].items():  # an expert that no token reached has none
+        for name, moments in self._moments.items():
+            for key, kept in moments.items():  # an expert that no token reached has none
                 tensors[f"{key}:{name}"] = kept
         tensors["since_look"] = torch.tensor(self._since_look, dtype=torch.float64).reshape(-1, 2)
         return TrainingState(step=step, tensors=tensors, curve=self.result.curve)
@@ -227,12 +264,12 @@ class Trainer:
             )
         self._restore({name: tensors[f"value:{name}"] for name in self.values})
         self._best = {name: tensors[f"best:{name}"] for name in self.values}
-        for name, value in self.values.items():
+        for name, moments in self._moments.items():
             if f"step:{name}" in tensors:
-                self.optimizer.state[value] = {key: tensors[f"{key}:{name}"] for key in ADAM_STATE}
+                moments.update({key: tensors[f"{key}:{name}"] for key in MOMENTS})
         self._since_look = [tuple(pair) for pair in tensors["since_look"].tolist()]
         self.result.curve = state.curve
-        self.result.best = min(state.curve, key=lambda entry: (entry["held_out_kl"], entry["step"]))
+        self.result.best = min(state.curve, key=lambda entry: (entry[self._held_out], entry["step"]))
         self._started -= state.curve[-1]["seconds"]
         return state.step
 
@@ -242,15 +279,24 @@ class Trainer:
             self.values[name].copy_(value)
 
 
-def _optimizer(latents: Mapping[str, Latent], config: TrainingConfig) -> torch.optim.Adam:
-    """Return Adam over latents and factors, each group with its full rate."""
-    signs_and_codes = [value for latent in latents.values() for value in latent.latents()]
+def _optimizers(latents: Mapping[str, Trainable], config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Return what trains signs, where they have an optimizer of their own, and Adam for all else, with full rates."""
+    signs: list[nn.Parameter] = []
+    if config.sign_optimizer == "bop":
+        whole = (latent for latent in latents.values() if isinstance(latent, Latent))
+        signs = [value for latent in each_latent(whole) for value in latent.signs()]
+    apart = {id(value) for value in signs}
+    others = [value for latent in latents.values() for value in latent.latents() if id(value) not in apart]
     scales = [value for latent in latents.values() for value in latent.factors()]
     groups: list[dict[str, Any]] = [
-        {"params": signs_and_codes, "full_rate": config.latent_rate},
+        {"params": others, "full_rate": config.latent_rate},
         {"params": scales, "full_rate": config.scale_rate},
     ]
-    return torch.optim.Adam(groups, lr=0.0, betas=ADAM_BETAS, fused=True)
+    result: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, lr=0.0, betas=ADAM_BETAS, fused=True)]
+    if signs:
+        result.append(Bop(signs))
+        result[-1].param_groups[0]["full_rate"] = config.sign_rate
+    return result
 
 
 def rate_at(step: int, steps: int, warmup: float) -> float:

@@ -72,6 +72,8 @@ class TrainingBody(StrictBody):
     windows_at_once: int | None = Field(default=None, ge=1, le=65536, description="Windows in memory together.")
     recompute: bool | None = Field(default=None, description="Run blocks twice, to need less memory.")
     alpha: float | None = Field(default=None, ge=0, le=1e6, description="Weight of the hidden states' loss.")
+    sign_optimizer: Literal["bop", "adam"] | None = None
+    sign_rate: float | None = Field(default=None, ge=0, le=1, description="Share of signs that bop turns in a step.")
     surrogate: Literal["identity", "clipped", "smooth"] | None = None
     scales: Literal["trained", "closed_form"] | None = None
     latent_rate: float | None = Field(default=None, ge=0, le=10, description="Step for signs and codes.")

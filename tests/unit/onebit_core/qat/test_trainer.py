@@ -29,7 +29,7 @@ def config(**values) -> TrainingConfig:
         "checkpoint_every": 5,
         "held_out": 2,
     }
-    return TrainingConfig(**{**usual, "latent_rate": 0.1, "dtype": "float32", **values})
+    return TrainingConfig(**{**usual, "sign_rate": 2e-3, "latent_rate": 0.1, "dtype": "float32", **values})
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,26 @@ def losses(result) -> list[float]:
 
 
 def test_training_brings_the_student_nearer_to_its_teacher(folder, windows):
-    """On windows that were not trained on, whatever the surrogate."""
-    for surrogate in ("identity", "clipped", "smooth"):
-        result = Pair(folder).train(windows, config(surrogate=surrogate, steps=40))
+    """On windows that were not trained on, whatever the optimizer of signs and the surrogate."""
+    ways = [{"sign_optimizer": "adam", "surrogate": surrogate} for surrogate in ("identity", "clipped", "smooth")]
+    for way in ({"sign_optimizer": "bop"}, *ways):
+        result = Pair(folder).train(windows, config(**way, steps=40))
         assert losses(result)[-1] < 0.8 * losses(result)[0]
         assert result.best == min(result.curve, key=lambda entry: entry["held_out_kl"])
+
+
+@pytest.mark.parametrize("method", ["svid", "nanoquant", "pb_llm", "residual", "rtn", "lut2"])
+def test_every_format_learns_its_scales_where_signs_stay(folder, windows, method):
+    """With a rate of nothing for signs and codes, the loss falls, and no sign or code changes."""
+    settings = {"bits": 2.0, "iterations": 5} if method == "nanoquant" else {}
+    pair = Pair(folder, method, settings)
+    before = {name: layer.dequantize().sign() for name, layer in quantized_layers(pair.blocks)}
+    result = pair.train(windows, config(steps=20, sign_rate=0.0, latent_rate=0.0, scale_rate=5e-3))
+    assert losses(result)[-1] < losses(result)[0]
+    if method in ("svid", "pb_llm"):
+        assert all(
+            torch.equal(layer.dequantize().sign(), before[name]) for name, layer in quantized_layers(pair.blocks)
+        )
 
 
 @pytest.mark.parametrize(("method", "settings"), [("svid", {}), ("pb_llm", {"ratio": 0.2, "metric": "magnitude"})])
@@ -93,13 +108,15 @@ def test_scales_in_closed_form_are_those_of_the_latents(folder, windows, method,
             assert torch.allclose(decided[signs], 2 * before[name][signs], rtol=1e-4, atol=1e-6)
             if latent.salient_mask is not None:
                 assert torch.equal(decided[~signs], before[name][~signs])
-    result = Pair(folder, method, settings).train(windows, config(scales="closed_form", steps=40))
+    result = Pair(folder, method, settings).train(
+        windows, config(scales="closed_form", sign_optimizer="adam", alpha=1.0, steps=40)
+    )
     assert losses(result)[-1] < 0.9 * losses(result)[0]
 
 
 def test_the_curve_is_measured_and_complete(folder, windows):
     """Every look counts the tokens; the first is before any step."""
-    result = Pair(folder).train(windows, config())
+    result = Pair(folder).train(windows, config(alpha=1.0))
     assert [entry["step"] for entry in result.curve] == [0, 4, 8, 12]
     assert [entry["tokens"] for entry in result.curve] == [0, 4 * 48, 8 * 48, 12 * 48]
     assert "kl" not in result.curve[0]
@@ -217,6 +234,10 @@ def test_an_epoch_reads_every_window_once():
         ({"largest_gradient": 0.0}, "largest_gradient"),
         ({"tokens": 1}, "tokens"),
         ({"seed": -1}, "seed"),
+        ({"sign_optimizer": "sgd"}, "sign_optimizer"),
+        ({"sign_rate": 1.5}, "sign_rate"),
+        ({"surrogate": "smooth"}, "surrogate smooth.*bop"),
+        ({"scales": "closed_form"}, "scales closed_form.*bop"),
         ({"weights": (1.0,), "text": ("a", "b")}, "weights"),
     ],
 )
