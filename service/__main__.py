@@ -29,6 +29,7 @@ from onebit_core.errors import OnebitError
 from service.api.connections import ClientConnection, ConnectionLimits, ConnectionWatch
 from service.key_commands import run_keys
 from service.log import configure_logging
+from service.registry.adapters import read_adapters
 from service.settings import Settings, read_settings
 
 logger = logging.getLogger("service")
@@ -136,6 +137,7 @@ def _check_artifacts(settings: Settings) -> None:
     for artifact in settings.artifacts:
         if kind_of(artifact) is ModelKind.ARTIFACT:
             read_manifest(artifact)
+    read_adapters(settings.adapter)
 
 
 def _connections_that_fit(wanted: int) -> int:

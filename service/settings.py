@@ -36,6 +36,11 @@ class Settings(BaseSettings):
         description="Artifact folders to load at start, each served under its manifest's name; or originals to "
         "compare with, a Hugging Face folder or a GGUF file, under the name of the folder or file.",
     )
+    adapter: Annotated[list[str], NoDecode] = Field(
+        default=[],
+        description="FOLDER or NAME=FOLDER of an adapter that `onebit adapt` wrote; served as MODEL:NAME with every "
+        "model whose weights it was trained on, in the same batches.",
+    )
     artifact_root: Path | None = Field(
         default=None,
         description="Folder where jobs write artifacts and from which the admin API may load them. "
@@ -249,7 +254,7 @@ class Settings(BaseSettings):
         default="info", description="Least level of log lines. Lines are JSON on standard error."
     )
 
-    @field_validator("artifacts", "job_sources", "score_original", mode="before")
+    @field_validator("artifacts", "adapter", "job_sources", "score_original", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         """Take `a,b` from an environment variable as a list of two."""

@@ -102,14 +102,14 @@ def write_artifact(original: OriginalModel, draft: ArtifactDraft, out: Path) -> 
 
 def _write_whole(original: OriginalModel, draft: ArtifactDraft, out: Path) -> Manifest:
     """Write everything that the artifact cannot do without."""
-    with _temporary_folder(out) as folder:
+    with temporary_folder(out) as folder:
         stored = dict(draft.layers)
         tensors, parts = _collect(original, draft, stored)
         save_weights(folder, tensors)
         _write_config(original, draft, stored, folder)
         manifest = _manifest(original, draft, parts, folder)
-        _write_json(folder / MANIFEST_FILE, manifest)
-        _write_json(folder / REPORT_FILE, draft.report)
+        write_json(folder / MANIFEST_FILE, manifest)
+        write_json(folder / REPORT_FILE, draft.report)
         _read_back(folder, tensors)
         folder.rename(out)
     return manifest
@@ -294,7 +294,7 @@ def _golden_of(folder: Path, manifest: Manifest) -> GoldenPrompts:
 
 
 @contextmanager
-def _temporary_folder(out: Path) -> Iterator[Path]:
+def temporary_folder(out: Path) -> Iterator[Path]:
     """Make a folder beside `out` that disappears unless it was renamed."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -315,11 +315,11 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
 def _replace_json(file: Path, values: StrictConfig) -> None:
     """Replace one JSON file at once."""
     temporary = file.with_suffix(".writing")
-    _write_json(temporary, values)
+    write_json(temporary, values)
     temporary.replace(file)
 
 
-def _write_json(file: Path, values: StrictConfig) -> None:
+def write_json(file: Path, values: StrictConfig) -> None:
     """Write one JSON file and make sure it is on disk."""
     with file.open("w", encoding="utf-8") as stream:
         json.dump(values.to_dict(), stream, indent=1)

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 import onebit_core
+from onebit_core.cli.adapt import adapt
 from onebit_core.cli.evaluate import evaluate
 from onebit_core.cli.inspect import inspect
 from onebit_core.cli.output import print_event
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(quantize)
 app.command()(evaluate)
 app.command()(train)
+app.command()(adapt)
 app.command()(inspect)
 app.command()(methods)
 app.command()(tune)

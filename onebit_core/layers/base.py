@@ -213,7 +213,9 @@ class QuantizedLinear(nn.Module, ABC):
     def _dense_weight(self, x: Tensor) -> Tensor:
         """Return the dense weight in x's dtype on x's device, unpacked once."""
         if self._dense is None or self._dense.dtype != x.dtype or self._dense.device != x.device:
-            self._dense = self.dequantize().to(x.dtype)
+            # Kept for later, so that a pass with gradients can use it, too, whoever asks for it first.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._dense = self.dequantize().to(x.dtype)
         return self._dense
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  (torch's signature)

@@ -115,6 +115,7 @@ class Batch:
         windowed: sliding window to what layers of that window look at; decode_groups and prefill_parts are for layers
             without one.
         runs: in place of groups and parts, where blocks are fused.
+        adapters_T: int64, whose scales the rows take (AdapterSwitch.rows); None where no row takes any.
     """
 
     input_ids_1T: Tensor
@@ -129,6 +130,7 @@ class Batch:
     scored_rows_R: Tensor | None = None
     windowed: Mapping[int, Reach] = field(default_factory=dict)
     runs: Runs | None = None
+    adapters_T: Tensor | None = None
 
     @property
     def logits_rows_R(self) -> Tensor:
@@ -186,9 +188,9 @@ def build_batch(
         fused: whether the blocks are fused, which need no masks.
         reads_pages: whether a kernel reads the pages of rows with one token.
     """
-    singles = sorted((chunk for chunk in chunks if chunk.length == 1), key=lambda chunk: chunk.start, reverse=True)
-    longer = [chunk for chunk in chunks if chunk.length > 1]
-    ordered = [*singles, *longer]
+    ordered = _ordered(chunks)
+    singles = [chunk for chunk in ordered if chunk.length == 1]
+    longer = ordered[len(singles) :]
     ends = np.cumsum([chunk.length for chunk in ordered])
     positions = np.concatenate([np.arange(chunk.start, chunk.start + chunk.length) for chunk in ordered])
     tokens = [token for chunk in ordered for token in chunk.sequence.tokens[chunk.start : chunk.start + chunk.length]]
@@ -223,6 +225,30 @@ def build_batch(
             window: _windowed(singles, longer, replace(making, window=window), plain) for window in windows if not fused
         },
     )
+
+
+def adapted(chunks: ListOf[Chunk]) -> bool:
+    """Say whether any of a step's sequences takes an adapter."""
+    return any(chunk.sequence.request.adapter for chunk in chunks)
+
+
+def with_adapters(batch: Batch, chunks: ListOf[Chunk], numbers: Mapping[str, int]) -> Batch:
+    """Return a batch whose rows know their adapters.
+
+    Args:
+        batch: built from the chunks.
+        chunks: of the step.
+        numbers: of the adapters, by name (AdapterSwitch.index).
+    """
+    of_chunks = [(numbers[name] if (name := chunk.sequence.request.adapter) else 0) for chunk in _ordered(chunks)]
+    rows = np.repeat(np.array(of_chunks, np.int64), [chunk.length for chunk in _ordered(chunks)])
+    return replace(batch, adapters_T=torch.from_numpy(rows).to(batch.slots_T.device, non_blocking=True))
+
+
+def _ordered(chunks: ListOf[Chunk]) -> list[Chunk]:
+    """Return the chunks in the order of their rows: single tokens, those with the longest past first, then the rest."""
+    singles = sorted((chunk for chunk in chunks if chunk.length == 1), key=lambda chunk: chunk.start, reverse=True)
+    return [*singles, *(chunk for chunk in chunks if chunk.length > 1)]
 
 
 def _runs(ordered: list[Chunk]) -> Runs:

@@ -26,6 +26,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from onebit_core.adapters.identity import read_adapter_info
+from onebit_core.adapters.scales import AdapterSwitch, read_scales
 from onebit_core.errors import OnebitError
 from onebit_core.layers import release_stored
 from service.engine.detokenizer import Decode
@@ -106,7 +108,21 @@ def load(config: EngineConfig) -> tuple[Runner, PreTrainedTokenizerBase]:
     own_weights(loaded.model)
     if _stamp_of(config) != before:
         raise EngineStartFailed(f"{config.artifact} was changed while it was loaded; load it again")
-    return Runner(loaded.model, config), loaded.tokenizer
+    return Runner(loaded.model, config, _adapters(loaded.model, config)), loaded.tokenizer
+
+
+def _adapters(model: PreTrainedModel, config: EngineConfig) -> AdapterSwitch | None:
+    """Read the adapters that requests may name.
+
+    Raises:
+        ArtifactError: one is damaged, or not for this model.
+    """
+    if not config.adapters:
+        return None
+    switch = AdapterSwitch(model, model.device)
+    for name, folder in config.adapters:
+        switch.add(name, read_scales(folder, read_adapter_info(folder)))
+    return switch
 
 
 def _stamp_of(config: EngineConfig) -> object:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from onebit_core.adapters.scales import AdapterSwitch
 from onebit_core.layers import model_backend, packed_bytes
 from service.engine.attention import PAGED_ATTENTION, PagedStep, reads_pages, register
-from service.engine.batch import Batch, build_batch
+from service.engine.batch import Batch, adapted, build_batch, with_adapters
 from service.engine.capacity import Capacity, plan_capacity
 from service.engine.fused import FusedBlocks, NotFusable
 from service.engine.graphs import DecodeGraphs, Limits, Outputs
@@ -38,7 +39,19 @@ CHECK_TOLERANCE = 0.1  # relative; bfloat16 noise is near 0.02, a wrong attentio
 class Runner:
     """A loaded model, its KV cache, and the forward that joins them."""
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: EngineConfig, adapters: AdapterSwitch | None = None) -> None:
+        """Prepare a model.
+
+        Args:
+            model: on its device, in evaluation mode.
+            config: of the engine.
+            adapters: of this model; None for none.
+
+        Raises:
+            EngineStartFailed: it cannot be served with this configuration.
+        """
+        self._switch = adapters
+        self._adapters = {} if adapters is None else {name: adapters.index(name) for name in adapters.names}
         shape = model_shape(model)
         self.capacity: Capacity = plan_capacity(shape, config)
         self.device: torch.device = model.device
@@ -74,7 +87,8 @@ class Runner:
         """Bytes of parameters, buffers, packed weights and KV cache."""
         tensors = [*self._model.parameters(), *self._model.buffers()]
         own = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if not tensor.is_meta}
-        return sum(own.values()) + packed_bytes(self._model) + self._cache.num_bytes
+        scales = 0 if self._switch is None else self._switch.num_bytes
+        return sum(own.values()) + packed_bytes(self._model) + scales + self._cache.num_bytes
 
     @property
     def backend(self) -> str:
@@ -105,15 +119,16 @@ class Runner:
         return self._build(chunks, self._windows)
 
     def _build(self, chunks: list[Chunk], windows: tuple[int, ...]) -> Batch:
-        return build_batch(
+        batch = build_batch(
             chunks,
             page_size=self._page_size,
             dtype=self.dtype,
             device=self.device,
             windows=windows,
-            fused=self._fused is not None,
+            fused=self._fused is not None and not adapted(chunks),
             reads_pages=self._reads_pages,
         )
+        return with_adapters(batch, chunks, self._adapters) if adapted(chunks) else batch
 
     def _fuse(self, config: EngineConfig) -> FusedBlocks | None:
         """Return the model's blocks as one function, where there is one for them."""
@@ -169,8 +184,19 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Compute the batch: write its keys and values, and return the logits [R, V] of batch.logits_rows_R."""
-        return self._forward(batch, self._fused, self._graphs)
+        """Compute the batch: write its keys and values, and return the logits [R, V] of batch.logits_rows_R.
+
+        Where a row takes an adapter, all rows are computed module by module: neither fused blocks nor recorded steps
+        know of adapters.
+        """
+        if batch.adapters_T is None:
+            return self._forward(batch, self._fused, self._graphs)
+        assert self._switch is not None, "a row asks for an adapter, and there are none"
+        self._switch.rows = batch.adapters_T
+        try:
+            return self._forward(batch, None)
+        finally:
+            self._switch.rows = None
 
     def _forward(self, batch: Batch, fused: FusedBlocks | None, graphs: DecodeGraphs | None = None) -> Tensor:
         if batch.fresh_pages_P is not None:

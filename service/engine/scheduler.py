@@ -202,7 +202,8 @@ class Scheduler:
         return self._allocator.prefix_cache.find(sequence.page_keys[:count])
 
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
-        salt = sequence.request.cache_salt
+        request = sequence.request  # an adapter's keys and values are its own
+        salt = f"{len(request.adapter)}:{request.adapter}{request.cache_salt}"
         extend_keys(sequence.page_keys, sequence.tokens, count=count, page_size=self._page_size, salt=salt)
 
     def _reserve_or_preempt(self, sequence: Sequence, length: int) -> bool:

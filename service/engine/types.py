@@ -96,6 +96,7 @@ class GenerationRequest:
         group: equal for the completions of one prompt in one call, for the figures; "" for one alone.
         group_size: how many completions of the prompt the call asks for.
         embed: report the prompt's embedding in place of a completion; max_tokens is 0.
+        adapter: name of the adapter that scales the model's layers for it; "" for none.
         caller: on whose behalf; waiting requests of different callers take turns (`service.engine.fair_queue`).
     """
 
@@ -107,6 +108,7 @@ class GenerationRequest:
     group: str = ""
     group_size: int = 1
     embed: bool = False
+    adapter: str = ""
     caller: str = ""
 
 
@@ -237,6 +239,7 @@ class EngineConfig:
         fuse: compute the blocks of models of the Llama family in one call of the CPU kernels, where they allow it.
         decode_graphs: record the steps that give one token to each sequence as CUDA graphs, where they allow it.
         loader: "module:function" that loads the artifact; called like `onebit_core.artifact.reader.load_model`.
+        adapters: (name, folder) of every adapter that requests may name.
         log_level: of the engine process's own log, on its standard error.
     """
 
@@ -256,4 +259,5 @@ class EngineConfig:
     fuse: bool = True
     decode_graphs: bool = True
     loader: str = ARTIFACT_LOADER
+    adapters: tuple[tuple[str, str], ...] = ()
     log_level: str = "info"

@@ -6,7 +6,7 @@ same name is being served meanwhile.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from service.accuracy.types import ScorerConfig
 from service.engine.client import EngineClient
 from service.engine.types import ARTIFACT_LOADER, ORIGINAL_LOADER, EngineConfig
 from service.metrics import ArtifactMetrics, Metrics
+from service.registry.adapters import Adapter, adapters_of
 from service.registry.artifacts import Identity, check_tokenizer_size, read_tokenizer
 from service.registry.golden import GoldenResult, replay_golden
 from service.registry.served import ServedModel
@@ -48,7 +49,8 @@ class ModelLoader:
         """
         _check_report(name, path, identity)
         await asyncio.to_thread(check_tokenizer_size, identity.folder)
-        engine, tokenizer = await self._start(identity)
+        adapters = await asyncio.to_thread(adapters_of, self._settings.adapter, identity.manifest)
+        engine, tokenizer = await self._start(identity, adapters)
         golden = None if identity.is_original else await self._check_golden(name, path, identity.manifest, engine)
         return ServedModel(
             name=name,
@@ -58,6 +60,7 @@ class ModelLoader:
             tokenizer=tokenizer,
             engine=engine,
             metrics=self._metrics.engine,
+            adapters=tuple(adapter.name for adapter in adapters),
             golden=golden,
         )
 
@@ -84,9 +87,9 @@ class ModelLoader:
         self._metrics.artifact.end_series(name)
         self._metrics.live.end_series(name)
 
-    async def _start(self, identity: Identity) -> tuple[EngineClient, Any]:
+    async def _start(self, identity: Identity, adapters: Sequence[Adapter]) -> tuple[EngineClient, Any]:
         """Start the engine and read the tokenizer meanwhile; both import large packages first, each for itself."""
-        starting = asyncio.ensure_future(self._start_engine(engine_config(self._settings, identity)))
+        starting = asyncio.ensure_future(self._start_engine(engine_config(self._settings, identity, adapters)))
         try:
             tokenizer = await asyncio.to_thread(read_tokenizer, identity.folder)
         except BaseException:
@@ -155,7 +158,7 @@ def _check_report(name: str, path: Path, identity: Identity) -> None:
         raise CorruptArtifact(f"{path}: its report cannot be shown: {error}") from None
 
 
-def engine_config(settings: Settings, identity: Identity) -> EngineConfig:
+def engine_config(settings: Settings, identity: Identity, adapters: Sequence[Adapter] = ()) -> EngineConfig:
     """Say how the engine of a model is to run."""
     return EngineConfig(
         artifact=str(identity.folder),
@@ -174,5 +177,6 @@ def engine_config(settings: Settings, identity: Identity) -> EngineConfig:
         prefix_caching=settings.prefix_caching,
         max_queued_requests=settings.max_queued_requests,
         max_model_len=settings.max_model_len,
+        adapters=tuple((adapter.name, str(adapter.folder)) for adapter in adapters),
         log_level=settings.log_level,
     )

@@ -20,6 +20,7 @@ from onebit_core.errors import OnebitError
 from service.engine.client import EngineClient
 from service.errors import BadRequest, Conflict, ModelLoading, NotFound, ServiceError, ShuttingDown, UnknownModel
 from service.metrics import Metrics
+from service.registry.adapters import read_adapters
 from service.registry.aliases import Aliases
 from service.registry.artifacts import Identity, read_identity
 from service.registry.budget import MemoryBudget
@@ -33,6 +34,7 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_MARK = ":"  # no model's name has it
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 LOADING_RETRY_SECONDS = 5.0
 
@@ -80,6 +82,10 @@ class ModelRegistry:
         for slot, identity in slots:
             await self._fill(slot, identity)
         await self._load_remembered()
+        for adapter in await asyncio.to_thread(read_adapters, self._settings.adapter):
+            if not any(model.manifest.sha256 == adapter.info.base_sha256 for model in self.models()):
+                message = "adapter %s is served by nobody: it was trained on %s, whose weights no loaded model has"
+                logger.warning(message, adapter.folder, adapter.info.base_name)
 
     async def _load_remembered(self) -> None:
         """Load what the admin API had loaded before the restart; what cannot be is told and left out."""
@@ -286,16 +292,16 @@ class ModelRegistry:
         """Hold a model for the length of one request.
 
         Args:
-            name: of the model, or an alias.
+            name: of the model, or an alias; with an adapter's name behind it, as in `model:adapter`.
 
         Raises:
-            UnknownModel: no model of that name is served.
+            UnknownModel: no model of that name is served, or it has no such adapter.
             ModelLoading: it is not ready yet.
             ShuttingDown: the server drains.
         """
         if self._closed:
             raise ShuttingDown("the server is shutting down; try another replica", retry_after_seconds=1.0)
-        slot = self._slots.get(self.aliases.resolve(name))
+        slot, adapter = self._slot_and_adapter(name)
         if slot is None and self._is_starting:
             raise ModelLoading("models are still being loaded", retry_after_seconds=LOADING_RETRY_SECONDS)
         if slot is None:
@@ -303,7 +309,7 @@ class ModelRegistry:
         if slot.model is None:
             raise ModelLoading(f"model {name!r} is still loading", retry_after_seconds=LOADING_RETRY_SECONDS)
         with slot.lease(slot.model) as model:
-            yield model
+            yield model.with_adapter(adapter)
 
     def models(self) -> list[ServedModel]:
         """The models that answer requests, oldest name first."""
@@ -315,12 +321,12 @@ class ModelRegistry:
         Raises:
             UnknownModel: none of that name answers; it may still be loading.
         """
-        slot = self._slots.get(self.aliases.resolve(name))
+        slot, adapter = self._slot_and_adapter(name)
         if slot is None:
             raise self._unknown(name)
         if slot.model is None:
             raise UnknownModel(f"model {name[:128]!r} is still loading; ask again in a while", param="model")
-        return slot.model
+        return slot.model.with_adapter(adapter)
 
     def slots(self) -> list[Slot]:
         """Everything that is loading, ready or draining; a name is there twice while it is swapped."""
@@ -330,6 +336,12 @@ class ModelRegistry:
     def names(self) -> list[str]:
         """Every model that is served or on the way, without aliases."""
         return list(self._slots)
+
+    def _slot_and_adapter(self, name: str) -> tuple[Slot | None, str]:
+        """Take `model:adapter` apart; no slot for a model that is not known, or a colon with nothing behind it."""
+        base, mark, adapter = name.partition(ADAPTER_MARK)
+        slot = None if mark and not adapter else self._slots.get(self.aliases.resolve(base))
+        return slot, adapter
 
     def _unknown(self, name: str) -> UnknownModel:
         """Return the refusal of a name that nothing is served under."""

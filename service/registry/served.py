@@ -5,11 +5,12 @@ failed into an exception, so that whoever reads the stream sees tokens, an end, 
 """
 
 import asyncio
+import copy
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from onebit_core.artifact.manifest import ORIGINAL, Manifest, Report
 from service.accuracy.scorer import LiveScorer
 from service.engine.client import EngineClient
 from service.engine.types import FinishReason, GenerationRequest, TokenEvent
-from service.errors import EngineBusy, EngineDead, GenerationFailed, ShuttingDown
+from service.errors import EngineBusy, EngineDead, GenerationFailed, ShuttingDown, UnknownModel
 from service.metrics import EngineMetrics
 from service.registry.golden import GoldenResult
 from service.registry.vocabulary import Vocabulary
@@ -35,6 +36,8 @@ class ServedModel:
         name: what requests call it.
         path: the artifact's folder.
         created: when it was loaded, Unix seconds.
+        adapters: names of the adapters that its engine has.
+        adapter: the one that requests to this view of the model take; "" for none.
         golden: how its engine did on the golden prompts; None where they were not asked.
         scorer: scores a share of the sequences against the original; None where none is.
         tokenizer: transformers' tokenizer of the artifact; used only through `in_tokenizer_thread`.
@@ -47,14 +50,43 @@ class ServedModel:
     tokenizer: Any
     engine: EngineClient
     metrics: EngineMetrics
+    adapters: tuple[str, ...] = ()
+    adapter: str = ""
     golden: GoldenResult | None = None
     scorer: LiveScorer | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     _groups: GroupCounter = field(init=False)
+    _views: dict[str, "ServedModel"] = field(default_factory=dict)
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
     def __post_init__(self) -> None:
         self._groups = GroupCounter(self.metrics, self.name)
+
+    @property
+    def served_as(self) -> str:
+        """The name that answers carry."""
+        return f"{self.name}:{self.adapter}" if self.adapter else self.name
+
+    def with_adapter(self, adapter: str) -> "ServedModel":
+        """Return the same model, whose requests take an adapter.
+
+        Its answers differ from the original's on purpose, so nothing of it is scored.
+
+        Args:
+            adapter: one of `adapters`; "" for none.
+
+        Raises:
+            UnknownModel: the model has no such adapter.
+        """
+        if not adapter:
+            return self
+        if adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UnknownModel(f"model {self.name!r} has no adapter {adapter[:64]!r}; known: {known}", param="model")
+        if adapter not in self._views:
+            view = self._views[adapter] = copy.copy(self)
+            view.adapter, view.scorer = adapter, None
+        return self._views[adapter]
 
     @property
     def is_original(self) -> bool:
@@ -83,6 +115,8 @@ class ServedModel:
             GenerationFailed: this sequence failed.
             ShuttingDown: the engine ended it because it stops.
         """
+        if self.adapter:
+            request = replace(request, adapter=self.adapter)
         watch = SequenceWatch(self.metrics, self.name, request, self._groups)
         scorer = self.scorer if self.scorer is not None and self.scorer.wants(request.request_id) else None
         completion: list[int] = []

@@ -184,8 +184,12 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "onebit"
-    root: str = Field(description="Extension, as vLLM's: the model that answers; `id` unless that is an alias.")
-    parent: str | None = Field(description="Extension, as vLLM's: the model that an alias leads to.")
+    root: str = Field(
+        description="Extension, as vLLM's: the model that answers; `id` unless that is an alias or names an adapter."
+    )
+    parent: str | None = Field(
+        description="Extension, as vLLM's: the model that an alias leads to, or that an adapter is for."
+    )
     max_model_len: int
     method: str = Field(description="Extension: how it was quantized; `original` if it was not.")
     bits_per_weight: float = Field(description="Extension: of the whole model as stored.")

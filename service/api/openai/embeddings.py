@@ -199,6 +199,6 @@ def _answer(model: ServedModel, inputs: list[TokenIds], vectors: list[bytes], *,
     return {
         "object": "list",
         "data": list(data()),
-        "model": model.name,
+        "model": model.served_as,
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }

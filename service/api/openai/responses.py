@@ -129,7 +129,7 @@ class Answer:
 
     def __post_init__(self) -> None:
         fingerprint = f"fp_{self.model.manifest.sha256[:12]}"
-        self._identity = {"created": self.created, "model": self.model.name, "system_fingerprint": fingerprint}
+        self._identity = {"created": self.created, "model": self.model.served_as, "system_fingerprint": fingerprint}
         self._draws = [self._progress(index) for index in range(len(self.plan.requests))]
 
     @property

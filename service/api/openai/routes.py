@@ -60,12 +60,12 @@ async def create_chat_completion(
 
 @router.get("/models", response_model=ModelList)
 async def list_models(registry: RegistryDep) -> ModelList:
-    """List the served models, then their aliases."""
+    """List the served models, then their aliases, then their adapters."""
     models = registry.models()
     cards = [_card(model, model.name) for model in models]
-    return ModelList(
-        data=cards + [_card(model, alias) for model in models for alias in registry.aliases.of(model.name)]
-    )
+    cards += [_card(model, alias) for model in models for alias in registry.aliases.of(model.name)]
+    views = [model.with_adapter(adapter) for model in models for adapter in model.adapters]
+    return ModelList(data=cards + [_card(view, view.served_as) for view in views])
 
 
 @router.get("/models/{name:path}", response_model=ModelCard)
