@@ -53,6 +53,11 @@ class CancelToken:
         """Ask the running work to stop at the next safe point."""
         self._event.set()
 
+    @property
+    def is_set(self) -> bool:
+        """Whether cancellation was asked for."""
+        return self._event.is_set()
+
     def raise_if_cancelled(self) -> None:
         """Stop here if cancellation was asked for.
 

@@ -64,9 +64,13 @@ def train(
 def _run(values: dict[str, Any], out: Path, work_dir: Path | None, progress: ProgressMode) -> None:
     """Train, and say what came of it."""
     from onebit_core.pipeline.train_artifact import TrainArtifactConfig, train_artifact
+    from onebit_core.qat import joined
 
-    with progress_watch(progress) as watch:
-        train_artifact(TrainArtifactConfig.from_dict(values), out, watch=watch, work=work_dir)
+    with joined() as world:
+        with progress_watch(progress if world.is_first else "none") as watch:
+            train_artifact(TrainArtifactConfig.from_dict(values), out, watch=watch, work=work_dir)
+        if not world.is_first:
+            return
     if progress == "json":
         print_event("result", artifact=str(out))
         return

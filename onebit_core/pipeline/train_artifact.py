@@ -8,6 +8,7 @@ from typing import Any
 from onebit_core.artifact.manifest import Manifest, Report
 from onebit_core.artifact.reader import load_model, read_manifest, read_report
 from onebit_core.artifact.writer import ArtifactDraft, current_versions, refuse_existing, write_artifact
+from onebit_core.calibration.sampling import CalibrationTokens
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.evaluation.run import find_original
@@ -19,7 +20,7 @@ from onebit_core.pipeline.config import CalibrationConfig
 from onebit_core.pipeline.training import TrainingPlace, train_layers, training_tokens
 from onebit_core.pipeline.training_memory import check_training_memory
 from onebit_core.progress import Watch
-from onebit_core.qat import TrainingConfig
+from onebit_core.qat import TrainingConfig, World
 
 QUIET = Watch()
 
@@ -50,7 +51,7 @@ class TrainArtifactConfig(StrictConfig):
 
 
 def train_artifact(config: TrainArtifactConfig, out: Path, *, watch: Watch = QUIET, work: Path | None = None) -> Path:
-    """Train the layers of an artifact and write another one.
+    """Train the layers of an artifact and write another one; with others, where processes have joined (World).
 
     Args:
         config: everything that decides the result.
@@ -74,8 +75,13 @@ def train_artifact(config: TrainArtifactConfig, out: Path, *, watch: Watch = QUI
             f"{original.name}: its weights are not those that {config.artifact} was made from; "
             f"name with --original the model that it was made from ({manifest.source.model})"
         )
-    device = resolve_device(config.device)
-    tokens = training_tokens(original, config.training, CalibrationConfig(), device=device, work=work, watch=watch)
+    world = World()
+    device = world.device(resolve_device(config.device))
+
+    def draw() -> CalibrationTokens | None:
+        return training_tokens(original, config.training, CalibrationConfig(), device=device, work=work, watch=watch)
+
+    tokens = world.from_first(draw)
     assert tokens is not None
     layers, embedding_bits = _put_layers(original, config.artifact)
     sizes = [(layer.in_features * layer.out_features, layer.spec) for layer in layers.values()]
@@ -84,6 +90,8 @@ def train_artifact(config: TrainArtifactConfig, out: Path, *, watch: Watch = QUI
     run = {"artifact": manifest.sha256, "version": current_versions()["onebit"]}
     place = TrainingPlace(device=device, watch=watch, work=work, run=run)
     trained, result = train_layers(original, config.training, tokens, embedding_bits, place)
+    if not world.is_first:
+        return out
     trained = {**trained, "start": manifest.sha256, "earlier": _earlier(manifest)}
     before = report.seconds.get("train", 0.0)
     seconds = {**report.seconds, "train": round(before + time.monotonic() - started, 1)}

@@ -7,6 +7,7 @@
     bop            which signs turn
     trainer        the loop
     checkpoint     a training on disk
+    world          several processes that train together
 
 What a format can change is in onebit_core.latents, so every format takes part.
 """
@@ -16,6 +17,7 @@ from onebit_core.qat.checkpoint import Checkpoints
 from onebit_core.qat.config import TrainingConfig
 from onebit_core.qat.distillation import Distillation
 from onebit_core.qat.trainer import Trainer, TrainingResult, TrainingWindows
+from onebit_core.qat.world import World, joined
 
 __all__ = [
     "Adaptation",
@@ -25,4 +27,6 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "TrainingWindows",
+    "World",
+    "joined",
 ]

@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from onebit_core.errors import ArtifactError, Cancelled, CorruptArtifact, TrainingError
+from onebit_core.errors import ArtifactError, Cancelled, ConfigError, CorruptArtifact, TrainingError
 from onebit_core.latents import Latent
 from onebit_core.latents.base import each_latent
 from onebit_core.progress import Watch
@@ -34,6 +34,7 @@ from onebit_core.qat.bop import Bop
 from onebit_core.qat.checkpoint import Checkpoints, TrainingState
 from onebit_core.qat.config import TrainingConfig
 from onebit_core.qat.distillation import Losses
+from onebit_core.qat.world import World
 
 ADAM_BETAS = (0.9, 0.98)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -125,6 +126,12 @@ class Trainer:
             for group in optimizer.param_groups
             for value in group["params"]
         }
+        self.world = World()
+        if self.world.size > config.batch:
+            raise ConfigError(
+                f"training.batch {config.batch}: each of the {self.world.size} processes needs a window of every step; "
+                "give more windows, or start fewer processes"
+            )
         self.result = TrainingResult()
         self._best: dict[str, Tensor] = {}
         self._since_look: list[tuple[float, float]] = []
@@ -146,7 +153,8 @@ class Trainer:
                     break
                 loss = self._step(step, watch)
                 step += 1
-                watch.report("train", step, self.config.steps, **{self.objective.quantity: round(loss, 4)})
+                watch.tell("train", step, self.config.steps, **{self.objective.quantity: round(loss, 4)})
+                self._stop_together(watch)
                 if step % self.config.checkpoint_every == 0:
                     self._keep(step)
         except Cancelled:
@@ -167,13 +175,15 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         batch_BT = self.windows.train_ST[order_of(step, len(self.windows.train_ST), self.config)]
         loss = hidden = 0.0
-        for part_BT in batch_BT.split(self.config.windows_at_once):
-            watch.cancel.raise_if_cancelled()
+        for part_BT in self.world.share(batch_BT).split(self.config.windows_at_once):
+            self._stop_alone(watch)
             losses = self.objective.losses(part_BT, hidden=self.config.alpha > 0)
             share = len(part_BT) / len(batch_BT)
             ((losses.logits + self.config.alpha * losses.hidden) * share).backward()
             loss += float(losses.logits.detach()) * share
             hidden += float(losses.hidden.detach()) * share
+        self.world.add_gradients(self.values.values())
+        loss, hidden = self.world.total(loss, hidden)
         norm = float(nn.utils.clip_grad_norm_(self.values.values(), self.config.largest_gradient))
         for name, value in (("loss", loss + hidden), ("gradient", norm)):
             if not math.isfinite(value):
@@ -184,6 +194,17 @@ class Trainer:
             latent.settle()
         self._since_look.append((loss, hidden))
         return loss
+
+    def _stop_alone(self, watch: Watch) -> None:
+        """Stop in the middle of a step, if asked to and nobody waits for this process."""
+        if self.world.size == 1:
+            watch.cancel.raise_if_cancelled()
+
+    def _stop_together(self, watch: Watch) -> None:
+        """Stop between two steps, if any process was asked to."""
+        if self.world.size > 1 and self.world.any(watch.cancel.is_set):
+            watch.cancel.cancel()
+        watch.cancel.raise_if_cancelled()
 
     def _diverged(self, what: str) -> TrainingError:
         """Return the error of a training that cannot go on."""
@@ -199,8 +220,10 @@ class Trainer:
 
     def _look(self, step: int, watch: Watch) -> None:
         """Measure the held-out windows and note the best latents."""
-        check = watch.cancel.raise_if_cancelled
-        held_out = self.objective.mean_loss(self.windows.held_out_ST, self.config.windows_at_once, check)
+        share_ST = self.world.share(self.windows.held_out_ST)
+        check = partial(self._stop_alone, watch)
+        mean = self.objective.mean_loss(share_ST, self.config.windows_at_once, check) if len(share_ST) else 0.0
+        held_out = self.world.total(mean * len(share_ST))[0] / len(self.windows.held_out_ST)
         if not math.isfinite(held_out):
             raise self._diverged(f"the held-out loss after step {step} is {held_out}")
         entry: dict[str, Any] = {
@@ -234,7 +257,7 @@ class Trainer:
 
     def _keep(self, step: int) -> None:
         """Write a checkpoint, where there is a folder for them."""
-        if self.checkpoints and step:
+        if self.checkpoints and step and self.world.is_first:
             self.checkpoints.save(self._state(step))
 
     def _state(self, step: int) -> TrainingState:
