@@ -11,8 +11,8 @@ from tests.support.tiny_model import save_tiny_model
 from tests.unit.onebit_core.qat.test_trainer import Pair, config, losses
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "training.json"
-ROUNDING = 0.01
-"""Relative: other processors add up in other orders, which now and then turns another sign."""
+ROUNDING = 0.05
+"""Relative, after the start: other processors add up in other orders, which turns other signs (3 % on one of AMD's)."""
 
 RECIPES = {
     "bop": ("svid", {}, {}),
@@ -43,7 +43,9 @@ def curve(folder: Path, recipe: str) -> list[float]:
 def test_losses_are_what_they_were(tmp_path, recipe):
     """At every look; renew with `python -m tests.unit.onebit_core.qat.test_golden_losses`, and say why."""
     found = curve(save_tiny_model(tmp_path / "tiny"), recipe)
-    assert found == pytest.approx(json.loads(GOLDEN.read_text())[recipe], rel=ROUNDING)
+    golden = json.loads(GOLDEN.read_text())[recipe]
+    assert found[0] == pytest.approx(golden[0], rel=1e-3)
+    assert found == pytest.approx(golden, rel=ROUNDING)
     assert found[-1] < found[0]
 
 
