@@ -4,7 +4,7 @@
 
 Signs, codes and stored scales stay what they are, so that all adapters share one model, and a row without an adapter
 is computed as if there were none. The scale takes in the layer's bias, where it has one. Experts of a mixture are left
-out: they see their tokens in another order.
+out, for they see their tokens in another order, and the head, which sees only the rows whose logits are wanted.
 
 Source: PEQA, arXiv:2305.14152, section 3.2 (the scales of a quantized model alone are tuned, per output channel). Where
 we differ: a factor beside the stored scales in place of other scales, so that it fits every format.
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from onebit_core.adapters.identity import SCALES_FILE, AdapterInfo
 from onebit_core.errors import ArtifactError, CorruptArtifact, first_line
@@ -31,9 +32,10 @@ from onebit_core.layers import QuantizedLinear, quantized_layers
 EXPERTS = ".experts."
 
 
-def adapted_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """Return the layers of a model that an adapter scales, by name."""
-    return {name: layer for name, layer in quantized_layers(model) if EXPERTS not in f".{name}."}
+def adapted_layers(model: PreTrainedModel) -> dict[str, QuantizedLinear]:
+    """Return the layers of a model that an adapter scales, by name: not the head, which only some rows reach."""
+    head = model.get_output_embeddings()
+    return {name: layer for name, layer in quantized_layers(model) if EXPERTS not in f".{name}." and layer is not head}
 
 
 class OutputScale(nn.Module):
@@ -57,7 +59,7 @@ class OutputScale(nn.Module):
 
 
 @contextmanager
-def scales_learning(model: nn.Module) -> Iterator[dict[str, OutputScale]]:
+def scales_learning(model: PreTrainedModel) -> Iterator[dict[str, OutputScale]]:
     """Let every layer's output be scaled by a parameter that starts at 1; gone at the end."""
     layers = adapted_layers(model)
     scales = {name: OutputScale(layer.out_features, next(layer.buffers()).device) for name, layer in layers.items()}
@@ -77,7 +79,7 @@ class AdapterSwitch:
             costs nothing.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.rows: Tensor | None = None
         self.names: list[str] = []
         self._device = device

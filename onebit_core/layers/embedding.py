@@ -237,7 +237,9 @@ class TiedHead(nn.Module):
         if self.backend == "reference":
             return (x.float() @ embedding.dequantize().T).to(x.dtype)
         if self._dense is None or self._dense.dtype != x.dtype or self._dense.device != x.device:
-            self._dense = embedding.dequantize().to(x.dtype)
+            # Kept for later, so that a pass with gradients can use it, too, whoever asks for it first.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._dense = embedding.dequantize().to(x.dtype)
         return nn.functional.linear(x, self._dense)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  (torch's signature)

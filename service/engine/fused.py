@@ -9,7 +9,8 @@ decoded. A model qualifies if it is of a family whose blocks are exactly those (
 CPU, and all its linears are packed for the CPU kernels; any other keeps transformers' modules. The runner's self check
 compares the logits with the untouched model's before the first request either way.
 
-The cache's memory is the same, with another order inside of a page: keys of sixteen tokens lie side by side.
+The cache's memory is the same, with another order inside of a page (kv_cache.FusedKVCache): keys of sixteen tokens lie
+side by side.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from onebit_core.errors import BackendUnavailable, KernelError
 from onebit_core.kernels.cpu.decoder import PAGE_TOKENS, Chain, CpuDecoder, DecoderBlock, DecoderShape
 from onebit_core.layers import QuantizedLinear
 from service.engine.batch import Batch
-from service.engine.kv_cache import KVCache
+from service.engine.kv_cache import FusedKVCache
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """RMSNorm before attention and inner part, rotated halves, grouped heads, silu(gate) * up."""
@@ -62,7 +63,7 @@ class FusedBlocks:
         except (KernelError, BackendUnavailable) as error:
             raise NotFusable(str(error)) from None
 
-    def hidden(self, batch: Batch, cache: KVCache, rows_R: Tensor) -> Tensor:
+    def hidden(self, batch: Batch, cache: FusedKVCache, rows_R: Tensor) -> Tensor:
         """Compute a step; returns the normalized last hidden states of some rows, float32 [R, D]."""
         assert batch.runs is not None
         embedded_1TD: Tensor = self._embed(batch.input_ids_1T)

@@ -56,11 +56,6 @@ class KVCache:
         return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
 
     @property
-    def memory(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as they lie, for blocks that read and write them by address."""
-        return self._keys, self._values
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of the whole cache."""
         return self._keys.nbytes + self._values.nbytes
@@ -88,6 +83,42 @@ class KVCache:
     def restore(self, output_THD: Tensor) -> Tensor:
         """Bring weighted sums of values that `read` gave back into the model's basis."""
         return output_THD
+
+
+class FusedKVCache(KVCache):
+    """The same memory in the order that fused blocks read and write by address.
+
+    Inside of a page:
+
+        keys      [kv_heads, head_dim, page_size]
+        values    [kv_heads, page_size, head_dim]
+
+    `write` and `read` are for steps that fused blocks cannot compute.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        """Take over a cache that holds nothing yet."""
+        self._keys, self._values = cache._keys, cache._values
+        self._page_size, heads, size = self._keys.shape[2:]
+        self._keys_in_order = self._keys.view(*self._keys.shape[:2], heads, size, self._page_size)
+        self._values_in_order = self._values.view(*self._values.shape[:2], heads, self._page_size, size)
+
+    @property
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Keys and values for whoever goes by addresses; their shape is KVCache's, and says nothing about the order."""
+        return self._keys, self._values
+
+    def write(self, layer: int, slots_T: Tensor, keys_THD: Tensor, values_THD: Tensor) -> None:
+        """Store the keys and values of T tokens at their slots. slots_T: int64, distinct."""
+        pages_T, places_T = slots_T // self._page_size, slots_T % self._page_size
+        self._keys_in_order[layer][pages_T, :, :, places_T] = keys_THD
+        self._values_in_order[layer][pages_T, :, places_T] = values_THD
+
+    def read(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather pages: [..., P] int64 -> keys and values of shape [..., P, page_size, kv_heads, head_dim]."""
+        keys = self._keys_in_order[layer].index_select(0, pages.flatten()).permute(0, 3, 1, 2)
+        values = self._values_in_order[layer].index_select(0, pages.flatten()).permute(0, 2, 1, 3)
+        return keys.reshape(*pages.shape, *keys.shape[1:]), values.reshape(*pages.shape, *values.shape[1:])
 
 
 class Int8KVCache:

@@ -116,12 +116,19 @@ def _adapters(model: PreTrainedModel, config: EngineConfig) -> AdapterSwitch | N
 
     Raises:
         ArtifactError: one is damaged, or not for this model.
+        EngineStartFailed: one is another than the server knows.
     """
     if not config.adapters:
         return None
     switch = AdapterSwitch(model, model.device)
-    for name, folder in config.adapters:
-        switch.add(name, read_scales(folder, read_adapter_info(folder)))
+    for name, folder, known in config.adapters:
+        info = read_adapter_info(folder)
+        if info.sha256 != known:
+            raise EngineStartFailed(
+                f"adapter {name}: {folder} is not what it was when the server read it; load {config.artifact} again, "
+                "or swap it in under the same name"
+            )
+        switch.add(name, read_scales(folder, info))
     return switch
 
 

@@ -23,7 +23,7 @@ from service.engine.batch import Batch, adapted, build_batch, with_adapters
 from service.engine.capacity import Capacity, plan_capacity
 from service.engine.fused import FusedBlocks, NotFusable
 from service.engine.graphs import DecodeGraphs, Limits, Outputs
-from service.engine.kv_cache import KV_CACHES, KVCache
+from service.engine.kv_cache import KV_CACHES, AnyKVCache, FusedKVCache, KVCache
 from service.engine.model_shape import PROBE_TOKENS, ModelShape, exposed, model_shape
 from service.engine.scheduler import Chunk
 from service.engine.sequence import Sequence
@@ -65,7 +65,7 @@ class Runner:
         self._windows, self._exposed_windows = shape.windows, shape.exposed_windows
         with exposed(model):
             self._expected_CV = self._plain_logits()
-        self._cache = KV_CACHES[config.kv_cache_dtype](
+        self._cache: AnyKVCache = KV_CACHES[config.kv_cache_dtype](
             num_layers=shape.num_layers,
             # After those of sequences come those of the self check, and one for rows that only fill a recorded step.
             num_pages=self.capacity.num_pages + self._check_pages + 1,
@@ -138,10 +138,12 @@ class Runner:
             log.info("%s keeps transformers' own blocks: a cache in 8 bit is not fused", type(self._model).__name__)
             return None
         try:
-            return FusedBlocks(self._model, config.page_size)
+            fused = FusedBlocks(self._model, config.page_size)
         except NotFusable as reason:
             log.info("%s keeps transformers' own blocks: %s", type(self._model).__name__, reason)
             return None
+        self._cache = FusedKVCache(self._cache)
+        return fused
 
     @torch.inference_mode()
     def _record(self, shape: ModelShape, config: EngineConfig) -> DecodeGraphs | None:
@@ -206,7 +208,7 @@ class Runner:
             logits_TV, self._head_input = replayed
             return logits_TV[batch.logits_rows_R]
         if fused is not None:
-            assert isinstance(self._cache, KVCache), "blocks are fused over a cache in float32 only"
+            assert isinstance(self._cache, FusedKVCache), "fused blocks have a cache in their order"
             hidden_RD = fused.hidden(batch, self._cache, batch.logits_rows_R)
             fused_RV: Tensor = self._model.get_output_embeddings()(hidden_RD)
             return fused_RV

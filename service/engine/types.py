@@ -239,7 +239,7 @@ class EngineConfig:
         fuse: compute the blocks of models of the Llama family in one call of the CPU kernels, where they allow it.
         decode_graphs: record the steps that give one token to each sequence as CUDA graphs, where they allow it.
         loader: "module:function" that loads the artifact; called like `onebit_core.artifact.reader.load_model`.
-        adapters: (name, folder) of every adapter that requests may name.
+        adapters: (name, folder, sha256 of the scales) of every adapter that requests may name.
         log_level: of the engine process's own log, on its standard error.
     """
 
@@ -259,5 +259,5 @@ class EngineConfig:
     fuse: bool = True
     decode_graphs: bool = True
     loader: str = ARTIFACT_LOADER
-    adapters: tuple[tuple[str, str], ...] = ()
+    adapters: tuple[tuple[str, str, str], ...] = ()
     log_level: str = "info"

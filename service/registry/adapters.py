@@ -1,12 +1,15 @@
 """Which adapters belong to a model: those of the settings that were trained on its weights."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from onebit_core.adapters.identity import AdapterInfo, check_adapter_name, read_adapter_info
 from onebit_core.artifact.manifest import Manifest
-from onebit_core.errors import ConfigError
+from onebit_core.errors import ArtifactError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +39,42 @@ def read_adapters(arguments: Sequence[str]) -> list[Adapter]:
     """
     found: dict[tuple[str, str], Adapter] = {}
     for argument in arguments:
-        name, is_named, folder = argument.rpartition("=")
-        place = Path(folder).expanduser()
-        info = read_adapter_info(place)
-        adapter = Adapter(name=name if is_named else info.name, folder=place, info=info)
+        adapter = _read(argument)
         check_adapter_name(adapter.name)
-        before = found.setdefault((info.base_sha256, adapter.name), adapter)
+        before = found.setdefault((adapter.info.base_sha256, adapter.name), adapter)
         if before is not adapter:
             raise ConfigError(
-                f"adapter {adapter.name}: {before.folder} and {place} have one name and one model; "
-                f"give one of them another, as in OTHER={place}"
+                f"adapter {adapter.name}: {before.folder} and {adapter.folder} have one name and one model; "
+                f"give one of them another, as in OTHER={adapter.folder}"
             )
     return list(found.values())
 
 
+def _read(argument: str) -> Adapter:
+    """Read FOLDER or NAME=FOLDER; where a slash comes before the sign, it is of the folder's own name."""
+    name, is_named, folder = argument.partition("=")
+    if not is_named or "/" in name:
+        name, folder = "", argument
+    place = Path(folder).expanduser()
+    info = read_adapter_info(place)
+    return Adapter(name=name or info.name, folder=place, info=info)
+
+
 def adapters_of(arguments: Sequence[str], manifest: Manifest) -> list[Adapter]:
-    """Return the adapters that were trained on a model's weights; raises like `read_adapters`."""
-    return [adapter for adapter in read_adapters(arguments) if adapter.info.base_sha256 == manifest.sha256]
+    """Return the adapters that were trained on a model's weights.
+
+    All were read when the server started. One that can no longer be read, whose model may be another, is left out with
+    a warning.
+
+    Raises:
+        ConfigError: see `read_adapters`.
+    """
+    readable = []
+    for argument in arguments:
+        try:
+            _read(argument)
+        except ArtifactError as error:
+            logger.warning("adapter left out: %s", error, extra={"adapter": argument})
+        else:
+            readable.append(argument)
+    return [adapter for adapter in read_adapters(readable) if adapter.info.base_sha256 == manifest.sha256]

@@ -177,6 +177,6 @@ def engine_config(settings: Settings, identity: Identity, adapters: Sequence[Ada
         prefix_caching=settings.prefix_caching,
         max_queued_requests=settings.max_queued_requests,
         max_model_len=settings.max_model_len,
-        adapters=tuple((adapter.name, str(adapter.folder)) for adapter in adapters),
+        adapters=tuple((adapter.name, str(adapter.folder), adapter.info.sha256) for adapter in adapters),
         log_level=settings.log_level,
     )

@@ -11,6 +11,7 @@ from onebit_core.artifact.reader import load_model
 from onebit_core.errors import CorruptArtifact
 from onebit_core.pipeline.adapt import adapt_artifact
 from service.engine.types import EngineConfig
+from service.errors import EngineStartFailed
 from tests.support.adapted import adapting, written_text
 from tests.support.generated import generated
 from tests.support.inline_engine import InlineEngine, greedy
@@ -32,7 +33,7 @@ def made(folder, text, architecture: str = "llama", method: str = "svid"):
     artifact = quantize_tiny(save_tiny_model(folder / "model", architecture=architecture), folder / "small", method)
     for name, seed in (("mill", 0), ("other", 1)):
         adapt_artifact(adapting(artifact, text, name=name, seed=seed, scale_rate=0.4), folder / name)
-    return artifact, tuple((name, str(folder / name)) for name in NAMES[1:])
+    return artifact, tuple((name, str(folder / name), read_adapter_info(folder / name).sha256) for name in NAMES[1:])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def expected(artifact, adapters, backend="auto") -> dict[tuple[str, int], list[i
     """Return what transformers' own generate() writes for every name and prompt."""
     loaded = load_model(artifact, device="cpu", dtype="float32", backend=backend)
     switch = AdapterSwitch(loaded.model, torch.device("cpu"))
-    for name, folder in adapters:
+    for name, folder, _ in adapters:
         switch.add(name, read_scales(folder, read_adapter_info(folder)))
     written = {}
     for name in NAMES:
@@ -127,4 +128,42 @@ def test_a_damaged_adapter_ends_the_start(models, tmp_path):
         content = (artifact.parent / "mill" / name).read_bytes()
         (broken / name).write_bytes(content[:-1] if name.endswith("safetensors") else content)
     with pytest.raises(CorruptArtifact, match="broken"):
-        engine_on(artifact, (*adapters, ("broken", str(broken))))
+        engine_on(artifact, (*adapters, ("broken", str(broken), read_adapter_info(broken).sha256)))
+
+
+def test_an_adapter_that_was_replaced_is_refused(models):
+    """A process that is started again does not take up scales that the server never looked at."""
+    artifact, ((name, folder, _), other) = models
+    with pytest.raises(EngineStartFailed, match=r"mill: .* is not what it was when the server read it"):
+        engine_on(artifact, ((name, folder, other[2]), other))
+
+
+def test_the_base_goes_on_where_a_mixed_step_has_left_it(models):
+    """Log probabilities of a sequence that outlives one with an adapter, and of one that reads its cached pages."""
+    artifact, adapters = models
+    base = replace(greedy(0, PROMPTS[-1], 24, logprobs=1), request_id="base")
+    short = replace(greedy(1, PROMPTS[2], 3), adapter="mill", request_id="short")
+    alone = engine_on(artifact, ()).run([base])[0]
+    engine = engine_on(artifact, adapters, page_size=16)
+    assert "fused blocks" in engine.info.backend
+    (mixed, _), again = engine.run([base, short]), engine.run([replace(base, request_id="again")])[0]
+    assert engine.stats.prefix_cache_hits > 0
+    wanted = [token.logprob for token in alone.logprobs]
+    for found in (mixed, again):
+        assert [token.logprob for token in found.logprobs] == pytest.approx(wanted, abs=2e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_eight_bit_is_served_beside_adapters(tmp_path, text, tied):
+    """It sees fewer rows than the layers that are scaled."""
+    folder = save_tiny_model(tmp_path / "model", tied=tied)
+    artifact = quantize_tiny(folder, tmp_path / "small", "svid", embedding_bits=8)
+    adapt_artifact(adapting(artifact, text, name="mill", scale_rate=0.4), tmp_path / "mill")
+    adapters = (("mill", str(tmp_path / "mill"), read_adapter_info(tmp_path / "mill").sha256),)
+    loaded = load_model(artifact, device="cpu", dtype="float32")
+    switch = AdapterSwitch(loaded.model, torch.device("cpu"))
+    switch.add("mill", read_scales(tmp_path / "mill", read_adapter_info(tmp_path / "mill")))
+    asked = [replace(request, request_id=str(i)) for i, request in enumerate(requests()) if request.adapter != "other"]
+    for request, result in zip(asked, engine_on(artifact, adapters).run(asked), strict=True):
+        switch.rows = torch.tensor([switch.index(request.adapter)])
+        assert result.token_ids == generated(loaded.model, list(request.prompt_token_ids), 10, eos_token_id=-1)
