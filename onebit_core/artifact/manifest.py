@@ -72,7 +72,7 @@ class Manifest(StrictConfig):
     Attributes:
         format_version: of the artifact's layout; a reader refuses newer ones.
         name: model name to serve under, unless the server is told another.
-        method: name in onebit_core.methods.METHODS.
+        method: name in onebit_core.methods.METHODS, or onebit where OneBit's authors made the model.
         settings: the method's complete settings.
         source: the original model.
         calibration: sources with their fingerprints and what each covers (the whole "text", or the token ids of the

@@ -214,9 +214,7 @@ def _write_config(
     original: OriginalModel, draft: ArtifactDraft, layers: Mapping[str, QuantizedLinear], folder: Path
 ) -> None:
     """Write config.json, the tokenizer and the generation settings."""
-    values = json.loads((original.folder / "config.json").read_text(encoding="utf-8"))
-    for key in ("auto_map", "_name_or_path"):
-        values.pop(key, None)
+    values = original.config_values()
     values["quantization_config"] = OnebitQuantizationConfig(
         layers={name: layer.spec.to_dict() for name, layer in layers.items()},
         embedding_bits=draft.embedding_bits,

@@ -14,6 +14,7 @@ import typer
 import onebit_core
 from onebit_core.cli.adapt import adapt
 from onebit_core.cli.evaluate import evaluate
+from onebit_core.cli.import_onebit import import_onebit
 from onebit_core.cli.inspect import inspect
 from onebit_core.cli.output import print_event
 from onebit_core.cli.quantize import methods, quantize
@@ -33,6 +34,7 @@ app.command()(quantize)
 app.command()(evaluate)
 app.command()(train)
 app.command()(adapt)
+app.command("import")(import_onebit)
 app.command()(inspect)
 app.command()(methods)
 app.command()(tune)

@@ -24,6 +24,7 @@ from onebit_core.evaluation.overlap import known_text
 from onebit_core.evaluation.windows import read_windows
 from onebit_core.kernels import resolve_device
 from onebit_core.model.loading import find_folder, load_original
+from onebit_core.model.published_onebit import is_published
 from onebit_core.model.weights import WeightStore
 from onebit_core.progress import Watch
 
@@ -140,21 +141,24 @@ def find_original(asked_for: str | None, recorded: SourceInfo) -> str:
     """Return the original to compare with: the one asked for, or the recorded one if it is still there, unchanged.
 
     Raises:
-        EvaluationError: none was asked for, and the recorded one is gone or has other weights now.
+        EvaluationError: none was asked for, and the recorded one is gone, has other weights now, or was imported.
     """
     if asked_for is not None:
         return asked_for
     remedy = "say with --original what to compare with"
     if not Path(recorded.model).expanduser().exists():
         raise EvaluationError(f"{recorded.model}, which the artifact was made from, is not on this machine; {remedy}")
+    if is_published(find_folder(recorded.model)):
+        raise EvaluationError(f"{recorded.model}, which was imported, is the compressed model itself; {remedy}")
     if WeightStore(find_folder(recorded.model)).sha256() != recorded.sha256:
         raise EvaluationError(f"{recorded.model} has other weights now than the artifact was made from; {remedy}")
     return recorded.model
 
 
 def choose_dtype(asked_for: str, device: str) -> torch.dtype:
-    """Turn `auto` into bfloat16 on a GPU or a CPU with matrix units (AMX), else float32, which is faster there."""
+    """Turn `auto` into bfloat16 on a GPU or a CPU that multiplies it fast (AMX, AVX512_BF16), else into float32."""
     if asked_for != "auto":
         return DTYPES[asked_for]
-    fast = device != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    has = torch.cpu.get_capabilities()
+    fast = device != "cpu" or any(has.get(feature, False) for feature in ("amx_bf16", "avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32

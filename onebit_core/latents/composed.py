@@ -1,6 +1,6 @@
 """Layers made of layers in training, and the table of all formats' latents.
 
-A split layer trains both parts, a rotated one the layer behind its rotation; neither has parameters of its own.
+A split layer trains both parts, a rotated or a normed one the layer inside; none has parameters of its own.
 
 Shape suffixes: O = output features, I = input features.
 """
@@ -16,7 +16,9 @@ from onebit_core.latents.grouped_int import IntLatent
 from onebit_core.latents.lut import LutLatent
 from onebit_core.latents.shared_signs import sign_latent
 from onebit_core.latents.sign import FactorLatent
-from onebit_core.layers import QuantizedLinear, RotatedLinear, SplitLinear
+from onebit_core.layers import NormedLinear, QuantizedLinear, RotatedLinear, SplitLinear
+from onebit_core.layers.around import AroundLinear
+from onebit_core.layers.normed import normalize
 from onebit_core.layers.rotated import rotate, rotate_back
 
 
@@ -58,13 +60,10 @@ class SplitLatent(Latent):
             latent.write(part)
 
 
-class RotatedLatent(Latent):
-    """The latents of the layer behind the rotation."""
+class _AroundLatent(Latent):
+    """The latents of the one layer inside another."""
 
-    def __init__(self, layer: RotatedLinear, weight_OI: Tensor) -> None:
-        super().__init__(layer)
-        inner = layer.inner
-        self.inner = LATENTS[inner.spec.format](inner, rotate(weight_OI))
+    inner: Latent
 
     def latents(self) -> list[nn.Parameter]:
         """Return those of the inner layer."""
@@ -78,6 +77,20 @@ class RotatedLatent(Latent):
         """Return those of the inner layer."""
         return self.inner.factors()
 
+    def write(self, layer: QuantizedLinear) -> None:
+        """Pack the inner layer."""
+        assert isinstance(layer, AroundLinear)
+        self.inner.write(layer.inner)
+        layer.inner._dense = None
+
+
+class RotatedLatent(_AroundLatent):
+    """The latents of the layer behind the rotation."""
+
+    def __init__(self, layer: RotatedLinear, weight_OI: Tensor) -> None:
+        super().__init__(layer)
+        self.inner = LATENTS[layer.inner.spec.format](layer.inner, rotate(weight_OI))
+
     def base_weight(self) -> Tensor:
         """Return the inner weight, rotated back."""
         return rotate_back(self.inner.whole_weight())
@@ -87,10 +100,22 @@ class RotatedLatent(Latent):
         result: Tensor = self.inner(rotate(x))
         return result if self.bias is None else result + self.bias
 
-    def write(self, layer: QuantizedLinear) -> None:
-        """Pack the inner layer."""
-        assert isinstance(layer, RotatedLinear)
-        self.inner.write(layer.inner)
+
+class NormedLatent(_AroundLatent):
+    """The latents of the layer before the LayerNorm."""
+
+    def __init__(self, layer: NormedLinear, weight_OI: Tensor) -> None:
+        super().__init__(layer)
+        self.inner = LATENTS[layer.inner.spec.format](layer.inner, weight_OI)
+
+    def base_weight(self) -> Tensor:
+        """Return the inner weight."""
+        return self.inner.whole_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply and normalize."""
+        result = normalize(self.inner(x))
+        return result if self.bias is None else result + self.bias
 
 
 LATENTS: dict[str, Callable[[Any, Tensor], Latent]] = {
@@ -100,5 +125,6 @@ LATENTS: dict[str, Callable[[Any, Tensor], Latent]] = {
     "factor": FactorLatent,
     "split": SplitLatent,
     "rotated": RotatedLatent,
+    "normed": NormedLatent,
 }
 """Format name to its trainable form; built from (layer, original weight)."""

@@ -10,6 +10,7 @@ from onebit_core.layers.embedding import EMBEDDINGS, QuantizedEmbedding, TiedHea
 from onebit_core.layers.factor import FactorLinear
 from onebit_core.layers.grouped_int import GroupedIntLinear
 from onebit_core.layers.lut import LutLinear
+from onebit_core.layers.normed import NormedLinear
 from onebit_core.layers.rotated import RotatedLinear
 from onebit_core.layers.salient import SalientPart, SalientWeights
 from onebit_core.layers.shared_input import SharedInput
@@ -17,7 +18,12 @@ from onebit_core.layers.sign import SignLinear
 from onebit_core.layers.spec import LayerSpec, SalientSpec
 from onebit_core.layers.split import PART_FORMATS, SplitLinear
 
-FORMATS: dict[str, type[QuantizedLinear]] = {**PART_FORMATS, "split": SplitLinear, "rotated": RotatedLinear}
+FORMATS: dict[str, type[QuantizedLinear]] = {
+    **PART_FORMATS,
+    "split": SplitLinear,
+    "rotated": RotatedLinear,
+    "normed": NormedLinear,
+}
 """Format name to layer class."""
 
 __all__ = [
@@ -27,6 +33,7 @@ __all__ = [
     "GroupedIntLinear",
     "LayerSpec",
     "LutLinear",
+    "NormedLinear",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "RotatedLinear",

@@ -14,15 +14,13 @@ Shape suffixes: O = output features, I = input features.
 """
 
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from onebit_core.kernels import Backend, LinearOperands, packs
-from onebit_core.layers.base import QuantizedLinear
-from onebit_core.layers.spec import LayerSpec
-from onebit_core.layers.split import PART_FORMATS, SplitLinear
+from onebit_core.kernels import packs
+from onebit_core.layers.around import AroundLinear
 
 LARGEST_BLOCK = 256
 SIGN_STEP = 2654435761
@@ -64,37 +62,10 @@ def rotate_back(rows: Tensor) -> Tensor:
     return restored.to(rows.dtype)
 
 
-class RotatedLinear(QuantizedLinear):
-    """A layer behind a rotation.
+class RotatedLinear(AroundLinear):
+    """A layer that was found for a rotated weight, behind the rotation; tensors as in AroundLinear."""
 
-    Tensors: those of the inner layer, as `parts.0.NAME`.
-    """
-
-    PARTS: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, spec: LayerSpec) -> None:
-        super().__init__(spec)
-        (inner,) = spec.parts
-        kinds: dict[str, type[QuantizedLinear]] = {**PART_FORMATS, "split": SplitLinear}
-        self.parts = nn.ModuleList([kinds[inner.format](inner)])
-
-    @classmethod
-    def around(cls, layer: QuantizedLinear) -> "RotatedLinear":
-        """Put a layer that was found for a rotated weight behind the rotation; the layer has no bias."""
-        spec = LayerSpec(
-            format="rotated", in_features=layer.in_features, out_features=layer.out_features, parts=(layer.spec,)
-        )
-        with torch.device("meta"):
-            rotated = cls(spec)
-        rotated.parts = nn.ModuleList([layer])
-        return rotated
-
-    @property
-    def inner(self) -> QuantizedLinear:
-        """The layer behind the rotation."""
-        (layer,) = self.parts
-        assert isinstance(layer, QuantizedLinear)
-        return layer
+    FORMAT: ClassVar[Literal["rotated", "normed"]] = "rotated"
 
     def base_weight(self) -> Tensor:
         """Return the dense weight for inputs as they come, float32 [O, I]."""
@@ -106,10 +77,6 @@ class RotatedLinear(QuantizedLinear):
         product: Tensor = self.inner(rotate(seen))
         return product.to(x.dtype)
 
-    def chain(self) -> tuple[LinearOperands, ...]:
-        """Return no product: the inner layer is packed on its own."""
-        return ()
-
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: x floating [..., I], result [..., O] in x's dtype."""
         if not packs(self.backend):
@@ -118,29 +85,3 @@ class RotatedLinear(QuantizedLinear):
         product = self.base_matmul(x)
         bias = self._buffers.get("bias")
         return product if bias is None else product + bias.to(x.dtype)
-
-    def pack(self) -> None:
-        """Lay the inner layer out for a packed backend."""
-        if packs(self.backend):
-            self.inner.pack()
-
-    def release_stored(self) -> None:
-        """Drop the inner layer's stored tensors; the bias stays, for it is used as it is."""
-        self.inner.release_stored()
-
-    def set_backend(self, backend: Backend) -> None:
-        """Let another backend compute, in the inner layer too."""
-        super().set_backend(backend)
-        self.inner.set_backend(backend)
-
-    def packed_bytes(self) -> int:
-        """Return the bytes of the inner layer as packed."""
-        return self.inner.packed_bytes()
-
-    def part_of(self, name: str) -> str:
-        """Return the part of the artifact that a stored tensor counts to."""
-        prefix = "parts.0."
-        return self.inner.part_of(name.removeprefix(prefix)) if name.startswith(prefix) else super().part_of(name)
-
-    def _is_packed(self) -> bool:
-        return self.inner._is_packed()

@@ -17,7 +17,7 @@ SALIENT_BLOCK = 128
 MOST_PLANES = 8
 """Sign planes, or bits of a code."""
 
-NUM_PARTS = {"split": 2, "rotated": 1}
+NUM_PARTS = {"split": 2, "rotated": 1, "normed": 1}
 """How many layers a layer is made of: one bit per column tells those of a split one apart."""
 
 
@@ -66,7 +66,7 @@ class LayerSpec(StrictConfig):
     """One quantized linear.
 
     Attributes:
-        format: `sign`, `grouped_int`, `lut`, `factor`, `split` or `rotated`.
+        format: `sign`, `grouped_int`, `lut`, `factor`, `split`, `rotated` or `normed`.
         in_features: I.
         out_features: O.
         bias: whether a bias is stored.
@@ -78,10 +78,10 @@ class LayerSpec(StrictConfig):
         rank: factor only: R, the size between the two sign matrices.
         salient: the weights kept in 8 bit, if any.
         parts: split: the two layers whose columns make up this one's, not made of parts themselves. rotated: the layer
-            behind the rotation. Without a bias.
+            behind the rotation; normed: the one before the LayerNorm. Without a bias.
     """
 
-    format: Literal["sign", "grouped_int", "lut", "factor", "split", "rotated"]
+    format: Literal["sign", "grouped_int", "lut", "factor", "split", "rotated", "normed"]
     in_features: int
     out_features: int
     bias: bool = False

@@ -7,6 +7,7 @@ nothing else), a GGUF file is converted once into a cache. Code from a model fol
 whole model, for evaluation.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ class OriginalModel:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
-        self.config = read_config(folder)
+        self.config = self._read_config()
         self.architecture = architecture_of(self.config, folder)
         self.layout: BlockLayout = layout_of(self.architecture)
         self.store = WeightStore(folder)
@@ -54,6 +55,15 @@ class OriginalModel:
         named = self.model.named_parameters()
         self.num_parameters = sum(tensor.numel() for name, tensor in named if name not in self._tied)
         self._check_shapes()
+
+    def _read_config(self) -> Any:
+        """Read config.json."""
+        return read_config(self.folder)
+
+    def config_values(self) -> dict[str, Any]:
+        """Return config.json as an artifact keeps it, without what concerns its folder."""
+        values: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return {key: value for key, value in values.items() if key not in ("auto_map", "_name_or_path")}
 
     def _skeleton(self) -> PreTrainedModel:
         """Build the model without weights; an error names the folder."""

@@ -20,7 +20,7 @@ from onebit_core.qat.losses import POSITIONS_AT_ONCE
 
 FLOAT_BYTES = 4
 LATENT_BYTES = 20
-PASS_BYTES = {"sign": 4, "grouped_int": 12, "lut": 9, "factor": 12, "split": 20, "rotated": 16}
+PASS_BYTES = {"sign": 4, "grouped_int": 12, "lut": 9, "factor": 12, "split": 20, "rotated": 16, "normed": 12}
 """Of a weight, by format: constants of the latent, and tensors that a backward pass reads; measured."""
 
 PLANE_BYTES = 12

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from onebit_core.artifact.reader import load_model
+from onebit_core.pipeline.import_onebit import import_onebit
 from service.engine.types import EngineConfig
 from tests.support.backends import backends_on
 from tests.support.generated import generated
 from tests.support.inline_engine import InlineEngine, greedy
+from tests.support.published_onebit import save_published
 from tests.support.quantized import quantize_tiny
 from tests.support.tiny_model import save_tiny_model
 
@@ -40,6 +42,14 @@ def test_windows_caps_and_fused_projections_are_served_from_bits(tmp_path, archi
     folder = save_tiny_model(tmp_path / "model", architecture=architecture)
     artifact = quantize_tiny(folder, tmp_path / "artifact", method)
     assert_serves_what_generate_gives(artifact, "cpu", "auto")
+
+
+@pytest.mark.parametrize(("device", "backend"), [*ON_CPU, *ON_CUDA])
+def test_a_model_of_onebits_authors_is_served_from_its_bits(tmp_path, device, backend):
+    """Layers that end in a LayerNorm, which no fused step knows."""
+    published, _ = save_published(tmp_path / "published")
+    artifact = import_onebit(str(published), tmp_path / "artifact")
+    assert_serves_what_generate_gives(artifact, device, backend)
 
 
 def assert_serves_what_generate_gives(artifact, device, backend):
