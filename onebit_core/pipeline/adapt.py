@@ -36,8 +36,8 @@ class AdaptConfig(StrictConfig):
 
     Attributes:
         artifact: folder of the model that it is for.
-        training: how, and on what text; its `scale_rate` is Adam's step for the scales, USUAL_RATE where it is the
-            default of other trainings.
+        training: how, and on what text; its `scale_rate` is Adam's step for the scales, and USUAL_RATE is a good
+            one (the default is another's).
         name: what the adapter is called; it is served as `model:name`.
         device: cpu, cuda, cuda:N, or auto.
     """

@@ -66,7 +66,7 @@ def training_bytes(original: OriginalModel, config: TrainingConfig, tokens: int,
 
 
 def check_training_memory(
-    original: OriginalModel, config: TrainingConfig, tokens: int, layers: Layers, device: str
+    original: OriginalModel, config: TrainingConfig, tokens: int, layers: Layers, device: str, processes: int = 1
 ) -> None:
     """Refuse a training that does not fit.
 
@@ -76,12 +76,13 @@ def check_training_memory(
         tokens: per window, where `config` does not say.
         layers: of all blocks.
         device: where it will run.
+        processes: that train on this machine together, and share its memory where they share the device.
 
     Raises:
         NotEnoughMemory: with what would take less.
     """
     needed = training_bytes(original, config, tokens, layers)
-    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available // processes if device == "cpu" else torch.cuda.mem_get_info(device)[0]
     if needed > free:
         raise NotEnoughMemory(
             f"{original.name}: a training needs about {needed / 2**30:.1f} GiB more on {device}, and "

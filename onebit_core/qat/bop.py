@@ -49,9 +49,11 @@ class Bop(torch.optim.Optimizer):
             everywhere = torch.cat(sure)
             if not len(everywhere):  # none may turn yet, or ever
                 continue
-            least = everywhere.topk(min(count, len(everywhere))).values[-1]
-            for value, sure_N, places_N in zip(values, sure, places, strict=True):
-                self._turn(value, places_N[(sure_N >= least) & (sure_N > 0)])
+            may_turn = torch.zeros_like(everywhere, dtype=torch.bool)
+            may_turn[everywhere.topk(min(count, len(everywhere))).indices] = True
+            may_turn &= everywhere > 0
+            for value, places_N, turns_N in zip(values, places, may_turn.split([*map(len, sure)]), strict=True):
+                self._turn(value, places_N[turns_N])
 
     def _surest(self, value: nn.Parameter, count: int) -> tuple[Tensor, Tensor]:
         """Take in a gradient; return the largest r of a parameter, and their places, of the flat parameter."""

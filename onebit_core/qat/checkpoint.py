@@ -50,7 +50,7 @@ class Checkpoints:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("training*.writing"):  # of a process that was killed
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)  # another process may be faster
             self.step = self._step_reached()
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(

@@ -142,9 +142,11 @@ class Trainer:
 
         Raises:
             TrainingError: loss or gradient is not finite.
+            ConfigError: processes that train together have found other checkpoints.
             Cancelled: inside a step, whose gradients are dropped, or between two; a checkpoint is written first.
         """
         step = self._resume()
+        self._check_together(step)
         try:
             while True:
                 if self._is_due(step):
@@ -202,16 +204,25 @@ class Trainer:
 
     def _stop_together(self, watch: Watch) -> None:
         """Stop between two steps, if any process was asked to."""
-        if self.world.size > 1 and self.world.any(watch.cancel.is_set):
+        if self.world.size > 1:
+            if not self.world.any(watch.cancel.is_set):
+                return  # a signal since then is seen by all after the next step
             watch.cancel.cancel()
         watch.cancel.raise_if_cancelled()
 
+    def _check_together(self, step: int) -> None:
+        """Refuse to go on from different steps."""
+        if self.world.any(self.world.total(step)[0] != step * self.world.size):
+            raise ConfigError(
+                f"process {self.world.rank}: would go on from step {step}, another from another step; --work-dir must "
+                "be on a disk that all processes see"
+            )
+
     def _diverged(self, what: str) -> TrainingError:
         """Return the error of a training that cannot go on."""
-        return TrainingError(
-            f"training: {what}; lower training.latent_rate ({self.config.latent_rate}) or training.scale_rate "
-            f"({self.config.scale_rate}), or train in float32"
-        )
+        moving = {group["kind"] for optimizer in self.optimizers for group in optimizer.param_groups if group["params"]}
+        rates = [f"training.{kind} ({getattr(self.config, kind)})" for kind in sorted(moving)]
+        return TrainingError(f"training: {what}; lower {' or '.join(rates)}, or train in float32")
 
     def _is_due(self, step: int) -> bool:
         """Whether the held-out windows are to be measured, and have not been before a stop."""
@@ -312,13 +323,13 @@ def _optimizers(latents: Mapping[str, Trainable], config: TrainingConfig) -> lis
     others = [value for latent in latents.values() for value in latent.latents() if id(value) not in apart]
     scales = [value for latent in latents.values() for value in latent.factors()]
     groups: list[dict[str, Any]] = [
-        {"params": others, "full_rate": config.latent_rate},
-        {"params": scales, "full_rate": config.scale_rate},
+        {"params": others, "full_rate": config.latent_rate, "kind": "latent_rate"},
+        {"params": scales, "full_rate": config.scale_rate, "kind": "scale_rate"},
     ]
     result: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, lr=0.0, betas=ADAM_BETAS, fused=True)]
     if signs:
         result.append(Bop(signs))
-        result[-1].param_groups[0]["full_rate"] = config.sign_rate
+        result[-1].param_groups[0] |= {"full_rate": config.sign_rate, "kind": "sign_rate"}
     return result
 
 

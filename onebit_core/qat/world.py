@@ -8,9 +8,11 @@ torchrun starts them and tells them of each other; without it there is one. What
 stop, is asked of all: a process that left alone would leave the others waiting.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar, cast
 from uuid import uuid4
 
@@ -18,11 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from onebit_core.errors import ConfigError
+
 if TYPE_CHECKING:  # not every build of torch has them
     from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 BETWEEN_QUESTIONS_SECONDS = 0.02
+LONGEST_WAIT = timedelta(days=1)
+"""For the others: the first process alone lets the original write text, which may take hours."""
 
 
 @contextmanager
@@ -35,10 +41,10 @@ def joined() -> Iterator["World"]:
 
     store, rank, size = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=unused_part(store, rank, size), rank=rank, world_size=size)
+    dist.init_process_group(
+        backend, store=unused_part(store, rank, size), rank=rank, world_size=size, timeout=LONGEST_WAIT
+    )
     try:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(dist.get_node_local_rank())
         yield World()
     finally:
         dist.destroy_process_group()
@@ -91,8 +97,29 @@ class World:
         return self.rank == 0
 
     def device(self, device: str) -> str:
-        """Return this process's own device where a kind is named: cuda becomes cuda:1 for the second of a machine."""
-        return f"cuda:{dist.get_node_local_rank()}" if self.size > 1 and device == "cuda" else device
+        """Return this process's own device where a kind is named: cuda becomes cuda:1 for the second of a machine.
+
+        Raises:
+            ConfigError: the machine has fewer GPUs than processes.
+        """
+        if self.size == 1 or not device.startswith("cuda"):
+            return device
+        place = dist.get_node_local_rank() if device == "cuda" else torch.device(device).index
+        if place >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device {device}: process {place + 1} of this machine has no GPU, of {torch.cuda.device_count()}; "
+                f"start at most {torch.cuda.device_count()} (torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(place)
+        return f"cuda:{place}"
+
+    def on_this_machine(self) -> int:
+        """Return how many of the processes run here; all ask together."""
+        if self.size == 1:
+            return 1
+        names: list[str] = [""] * self.size
+        dist.all_gather_object(names, socket.gethostname())
+        return names.count(socket.gethostname())
 
     def share(self, windows_BT: Tensor) -> Tensor:
         """Return this process's windows of a batch; none, if there are fewer windows than processes."""

@@ -57,6 +57,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     _groups: GroupCounter = field(init=False)
     _views: dict[str, "ServedModel"] = field(default_factory=dict)
+    _base: "ServedModel | None" = None
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ class ServedModel:
             raise UnknownModel(f"model {self.name!r} has no adapter {adapter[:64]!r}; known: {known}", param="model")
         if adapter not in self._views:
             view = self._views[adapter] = copy.copy(self)
-            view.adapter, view.scorer = adapter, None
+            view.adapter, view.scorer, view._base = adapter, None, self
         return self._views[adapter]
 
     @property
@@ -96,7 +97,7 @@ class ServedModel:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """What each token writes; made on first use, which must be in the tokenizer thread."""
-        return Vocabulary(self.tokenizer)
+        return Vocabulary(self.tokenizer) if self._base is None else self._base.vocabulary
 
     async def in_tokenizer_thread(self, work: Callable[[], T]) -> T:
         """Run tokenizer work off the event loop; one thread per model, because tokenizers are not all reentrant.

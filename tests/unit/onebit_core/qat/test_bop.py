@@ -87,3 +87,13 @@ def test_a_parameter_that_no_token_reached_stays():
         optimizer.step()
     assert torch.equal(values[1], still)
     assert not optimizer.state[values[1]]
+
+
+def test_equal_gradients_turn_no_more_signs_than_may():
+    """Where all are equally sure, as many turn as the share says."""
+    values = [nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+    optimizer = Bop(values, lr=0.05)
+    for _ in range(FEWEST_GRADIENTS):
+        give(values, [torch.ones(shape) for shape in SHAPES])
+        optimizer.step()
+    assert sum(int((value < 0).sum()) for value in values) == round(0.05 * 78)

@@ -188,10 +188,16 @@ def test_a_training_that_stalls_ends_early_with_its_best(folder, windows):
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_loss_that_is_not_finite_is_named(folder, windows):
-    """With what to change."""
-    with pytest.raises(TrainingError, match="latent_rate"):
-        Pair(folder).train(windows, config(scale_rate=1e30, largest_gradient=1e30, warmup=0.0))
+@pytest.mark.parametrize(
+    ("optimizer", "rates"),
+    [("bop", r"scale_rate .* or training.sign_rate"), ("adam", r"latent_rate .* or .*scale_rate")],
+)
+def test_a_loss_that_is_not_finite_is_named(folder, windows, optimizer, rates):
+    """With what to change, of the rates that there are."""
+    with pytest.raises(TrainingError, match=f"lower training.{rates} "):
+        Pair(folder).train(
+            windows, config(sign_optimizer=optimizer, scale_rate=1e30, largest_gradient=1e30, warmup=0.0)
+        )
 
 
 def test_a_failed_training_leaves_the_layers_as_they_were(folder, windows):
