@@ -237,7 +237,7 @@ def line_of(manifest: Manifest, report: Report, result: EvaluationResult) -> dic
         "settings": json.dumps(manifest.settings, sort_keys=True),
         "reconstruction": json.dumps(manifest.reconstruction, sort_keys=True) if manifest.reconstruction else "",
         "allocation": manifest.allocation.get("bits", ""),
-        "training": json.dumps(_without_folders(manifest.training), sort_keys=True) if manifest.training else "",
+        "training": json.dumps(without_folders(manifest.training), sort_keys=True) if manifest.training else "",
         "true_bits_linear": round(manifest.bits.linear_true, 4),
         "nominal_bits_linear": round(manifest.bits.linear_nominal, 4),
         "whole_model_bits": round(manifest.bits.whole_model, 4),
@@ -260,7 +260,7 @@ def line_of(manifest: Manifest, report: Report, result: EvaluationResult) -> dic
         "top1_se": _digits(result.top1_standard_error),
         "quantize_seconds": report.seconds.get("quantize", ""),
         "train_seconds": report.seconds.get("train", ""),
-        "calibration": json.dumps(_without_folders(manifest.calibration), sort_keys=True),
+        "calibration": json.dumps(without_folders(manifest.calibration), sort_keys=True),
         "device": f"{result.device}, {psutil.cpu_count(logical=False)} cores, {result.dtype}",
         "date": result.date,
         "command": _command(sys.argv),
@@ -282,7 +282,7 @@ def _digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
+def without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
     """Name texts by file name: the folders they lie in mean nothing elsewhere."""
     changed: dict[str, Any] = {"text": [Path(text).name for text in record.get("text", [])]}
     for key, value in record.items():

@@ -5,8 +5,9 @@
 
 A panel a text. Along x the true bits of a linear weight, along y the perplexity over the original's, both logarithmic:
 down and left is better. Hollow marks are published methods as they were published, filled ones are ours: methods in
-OURS, and any method with reconstruction or with bits planned layer by layer. A line joins each side's frontier, the
-rows that no other row of that side beats in both. Rows worse than HIGHEST stand at the upper edge as arrowheads.
+OURS, and any method with reconstruction or with bits planned layer by layer; those that were trained as a whole after
+that have a colour of their own. A line joins each kind's frontier, the rows that no other row of that kind beats in
+both. Rows worse than HIGHEST stand at the upper edge as arrowheads.
 
 The picture is for a README, on a white page or a dark one: no background, and middle tones that stand off from both.
 Its description names the files it was drawn from and their sha256, so that a test can tell an old picture.
@@ -21,14 +22,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from benchmarks.quality_table import read_lines
 
 HIGHEST = 1000.0
 OURS = frozenset({"lut2"})
 INK = "#727a86"  # contrast above 4 with white and with GitHub's dark page alike
-COLOURS = {True: "#d2651e", False: INK}
+COLOURS = {"published": INK, "ours": "#d2651e", "trained": "#2f7fd1"}
+LEGEND = {"published": "published methods", "ours": "ours", "trained": "ours, trained"}
+LINES = {"published": "--", "ours": "-", "trained": "-"}
 TICKS = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 BIT_TICKS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 16)
 WIDTH, HEIGHT = 6.0, 6.6  # inches, of a panel
@@ -36,6 +39,8 @@ MARK_POINTS = 7.0
 LABEL_POINTS = 8.0
 LEADER_POINTS = 12.0
 """A label farther than this from its mark is joined to it by a line."""
+
+Kind = Literal["published", "ours", "trained"]
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in points."""
@@ -48,7 +53,7 @@ class Mark:
     name: str
     bits: float
     ratio: float
-    is_ours: bool
+    kind: Kind
 
     @property
     def is_beyond(self) -> bool:
@@ -92,9 +97,7 @@ def panels_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mark]]:
     panels: dict[str, list[Mark]] = {}
     for dataset, fingerprint, windows in fingerprints:
         marks = {
-            line["row"]: Mark(
-                name=line["row"], bits=line["true_bits_linear"], ratio=line["ratio"], is_ours=is_ours(line)
-            )
+            line["row"]: Mark(name=line["row"], bits=line["true_bits_linear"], ratio=line["ratio"], kind=kind_of(line))
             for line in lines
             if (line["dataset"], line["fingerprint"]) == (dataset, fingerprint)
         }
@@ -105,11 +108,12 @@ def panels_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mark]]:
     return panels
 
 
-def is_ours(line: Mapping[str, Any]) -> bool:
-    """Tell our way of doing it from the published one."""
-    return line["method"] in OURS or any(
-        line.get(how) not in (None, "") for how in ("reconstruction", "allocation", "training")
-    )
+def kind_of(line: Mapping[str, Any]) -> Kind:
+    """Tell our ways of doing it from the published one."""
+    how = {name for name in ("reconstruction", "allocation", "training") if line.get(name) not in (None, "")}
+    if "training" in how:
+        return "trained"
+    return "ours" if how or line["method"] in OURS else "published"
 
 
 def frontier(marks: Sequence[Mark]) -> list[Mark]:
@@ -161,17 +165,17 @@ def _panel(axes: Any, title: str, marks: Sequence[Mark]) -> None:
     """Draw marks and frontiers of one text, then write every name beside its mark."""
     edge = 1.6 * max([mark.ratio for mark in marks if not mark.is_beyond], default=HIGHEST)
     shown = {mark.name: min(mark.ratio, edge) for mark in marks}
-    for ours, name, line_style in ((False, "published methods", "--"), (True, "ours", "-")):
-        side = [mark for mark in marks if mark.is_ours == ours]
+    for kind in get_args(Kind):
+        side = [mark for mark in marks if mark.kind == kind]
         best = frontier(side)
         curve = [mark.bits for mark in best], [shown[mark.name] for mark in best]
-        axes.plot(*curve, color=COLOURS[ours], linestyle=line_style, linewidth=1.2, alpha=0.7)
-        style: Any = {"markersize": MARK_POINTS, "markeredgecolor": COLOURS[ours], "markeredgewidth": 1.3}
-        style |= {"markerfacecolor": COLOURS[ours] if ours else "none", "clip_on": False}
+        axes.plot(*curve, color=COLOURS[kind], linestyle=LINES[kind], linewidth=1.2, alpha=0.7)
+        style: Any = {"markersize": MARK_POINTS, "markeredgecolor": COLOURS[kind], "markeredgewidth": 1.3}
+        style |= {"markerfacecolor": "none" if kind == "published" else COLOURS[kind], "clip_on": False}
         for beyond, shape in ((False, "o"), (True, "^")):
             group = [mark for mark in side if mark.is_beyond == beyond]
             points = [mark.bits for mark in group], [shown[mark.name] for mark in group]
-            axes.plot(*points, shape, label=name if group and not beyond else None, **style)
+            axes.plot(*points, shape, label=LEGEND[kind] if group and not beyond else None, **style)
     axes.axhline(1, color=INK, linewidth=0.8)
     axes.set_yscale("log")
     axes.set_ylim(0.93, edge)
@@ -215,7 +219,7 @@ def _label(axes: Any, marks: Sequence[Mark], shown: Mapping[str, float]) -> None
             xytext=(corner[0] - point[0], corner[1] - point[1]),
             textcoords="offset points",
             fontsize=LABEL_POINTS,
-            color=COLOURS[mark.is_ours],
+            color=COLOURS[mark.kind],
             verticalalignment="bottom",
             annotation_clip=False,
             arrowprops=leader if is_far else None,

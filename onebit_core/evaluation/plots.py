@@ -73,6 +73,21 @@ def learning_curve(entries: Sequence[Mapping[str, float]]) -> str:
     return _svg(draw, width=9.4, height=2.8)
 
 
+def learning_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Draw several trainings, each by its name: KL on the windows held out, against tokens."""
+
+    def draw(axes: Any) -> None:
+        for place, (name, entries) in enumerate(curves.items()):
+            points = [entry["tokens"] for entry in entries], [entry["held_out_kl"] for entry in entries]
+            axes.plot(*points, marker=".", color=COLOURS[place % len(COLOURS)], label=name)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("held-out KL, nats per token")
+        axes.grid(axis="y")
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.0, handlelength=1.0)
+
+    return _svg(draw, width=9.4, height=3.4)
+
+
 def layer_errors(layers: Sequence[LayerReport]) -> str:
     """Draw the relative error of every layer: a row a projection, a column a block, the colour is the error.
 

@@ -13,7 +13,7 @@ from benchmarks.quality_picture import (
     description_of,
     draw,
     frontier,
-    is_ours,
+    kind_of,
     panels_of,
     picture_of,
     place_labels,
@@ -26,7 +26,7 @@ def line(row: str, bits: float = 2.0, ratio: float = 3.0, **other: Any) -> dict[
 
 
 def mark(name: str, bits: float, ratio: float) -> Mark:
-    return Mark(name=name, bits=bits, ratio=ratio, is_ours=False)
+    return Mark(name=name, bits=bits, ratio=ratio, kind="published")
 
 
 def write(file: Path, *lines: dict[str, Any]) -> Path:
@@ -39,12 +39,13 @@ def write(file: Path, *lines: dict[str, Any]) -> Path:
 
 def test_ours_are_our_methods_and_whatever_was_trained_or_planned() -> None:
     """Files from before there were plans, or reconstruction, have no such column."""
-    assert not is_ours(line("gptq-2b"))
-    assert not is_ours({"method": "rtn"})
-    assert is_ours(line("lut2", method="lut2"))
-    assert is_ours(line("gptq-2b+light", reconstruction='{"preset": "light"}'))
-    assert is_ours(line("gptq-2.5b-spread", allocation=2.5))
-    assert not is_ours(line("gptq-2b", allocation=""))
+    assert kind_of(line("gptq-2b")) == "published"
+    assert kind_of({"method": "rtn"}) == "published"
+    assert kind_of(line("lut2", method="lut2")) == "ours"
+    assert kind_of(line("gptq-2b+light", reconstruction='{"preset": "light"}')) == "ours"
+    assert kind_of(line("gptq-2.5b-spread", allocation=2.5)) == "ours"
+    assert kind_of(line("gptq-2b", allocation="")) == "published"
+    assert kind_of(line("svid+full+train", reconstruction='{"preset": "full"}', training='{"steps": 1}')) == "trained"
 
 
 def test_the_frontier_leaves_out_what_another_beats_in_both() -> None:
