@@ -26,7 +26,7 @@ from onebit_core.qat import Adaptation, Checkpoints, Trainer, TrainingConfig, Tr
 QUIET = Watch()
 USUAL_TOKENS = 512
 USUAL_RATE = 5e-3
-DISTILLATION_ONLY = ("alpha", "sign_optimizer", "sign_rate", "surrogate", "scales", "latent_rate")
+DISTILLATION_ONLY = ("teacher", "alpha", "sign_optimizer", "sign_rate", "surrogate", "scales", "latent_rate")
 """Settings of a training that say nothing to an adapter, which has neither a teacher nor signs that turn."""
 
 

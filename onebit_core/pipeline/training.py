@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from onebit_core.artifact.registration import ties_embedding
 from onebit_core.calibration.sampling import CalibrationTokens, evenly, fingerprint_of
@@ -26,6 +27,7 @@ from onebit_core.pipeline.calibrate import check_context, draw_windows
 from onebit_core.pipeline.config import CalibrationConfig
 from onebit_core.progress import Watch
 from onebit_core.qat import Checkpoints, Distillation, Trainer, TrainingConfig, TrainingResult, TrainingWindows
+from onebit_core.qat.teacher import to_eight_bit
 
 CHECKED_TOKENS = 64
 LARGEST_EXPORT_KL = 1e-3
@@ -116,7 +118,7 @@ def train_layers(
     checkpoints = Checkpoints(place.work / PLACE, run) if place.work else None
 
     place.watch.report("train", 0, config.steps)
-    teacher, _ = load_original(original.name, device=place.device, dtype=dtype)
+    teacher = _teacher(original, config, place.device, dtype)
     original.load_outer(place.device)
     _round_tables(original, embedding_bits)
     blocks = original.blocks.to(place.device)
@@ -129,6 +131,16 @@ def train_layers(
     _check_export(trained, _logits(original, probe_1T))
     blocks.cpu()
     return _record(config, tokens, result), result
+
+
+def _teacher(original: OriginalModel, config: TrainingConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the whole original once more; where it is to be small, it becomes so before it goes to the device."""
+    if config.teacher == "original":
+        return load_original(original.name, device=device, dtype=dtype)[0]
+    teacher, _ = load_original(original.name, device="cpu", dtype=dtype)
+    to_eight_bit(teacher)
+    nn.Module.to(teacher, device)
+    return teacher
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 latents    20 bytes a weight (latent, gradient, Adam's two moments, the best so far), and what a format adds
 pass       what the backward pass keeps of dense weights, by format; of one block only with `recompute`
 states     hidden and feed-forward states of the windows of a pass
-original   whole, counted in float32
+original   whole, counted in float32, or its linears in a byte a weight
 """
 
 from collections.abc import Iterable
@@ -62,7 +62,8 @@ def training_bytes(original: OriginalModel, config: TrainingConfig, tokens: int,
     inside = (HIDDEN_STATES * text.hidden_size + WIDE_STATES * wide) * len(original.blocks) * share
     states = FLOAT_BYTES * at_once * (compared + inside)
     logits = FLOAT_BYTES * LOGITS * POSITIONS_AT_ONCE * text.vocab_size
-    return int(LATENT_BYTES * weights + kept + states + logits + FLOAT_BYTES * original.num_parameters)
+    smaller = (FLOAT_BYTES - 1) * weights if config.teacher == "int8" else 0
+    return int(LATENT_BYTES * weights + kept + states + logits + FLOAT_BYTES * original.num_parameters - smaller)
 
 
 def check_training_memory(
@@ -93,6 +94,8 @@ def check_training_memory(
 def training_remedy(config: TrainingConfig) -> str:
     """Say what would make a training smaller."""
     smaller = [] if config.recompute else ["training.recompute true"]
+    if config.teacher == "original":
+        smaller.append("training.teacher int8")
     if min(config.windows_at_once, config.batch) > 1:
         smaller.append("training.windows_at_once 1")
     return ", ".join([*smaller, "fewer training.tokens"])

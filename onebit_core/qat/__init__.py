@@ -5,6 +5,7 @@
     distillation   student and teacher side by side
     adaptation     a text alone, for adapters
     bop            which signs turn
+    teacher        the original in 8 bit
     trainer        the loop
     checkpoint     a training on disk
     world          several processes that train together

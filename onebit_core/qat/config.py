@@ -43,6 +43,7 @@ class TrainingConfig(StrictConfig):
         batch: windows per step.
         windows_at_once: of a step; the gradients of several runs are added up, which takes less memory.
         recompute: run blocks again in the backward pass: a third slower, and one block's activations at a time.
+        teacher: the `original`, or its blocks in `int8` (onebit_core.qat.teacher), which takes less memory.
         alpha: weight of the hidden states' loss beside that of the logits; 0 leaves it out.
         sign_optimizer: of single sign planes and sign factors: `bop` turns those whose gradients are the surest
             (onebit_core.qat.bop), `adam` moves a latent behind each and turns what crosses zero.
@@ -71,6 +72,7 @@ class TrainingConfig(StrictConfig):
     batch: int = 4
     windows_at_once: int = 4
     recompute: bool = False
+    teacher: Literal["original", "int8"] = "original"
     alpha: float = 0.0
     sign_optimizer: SignOptimizer = "bop"
     sign_rate: float = 3e-5
