@@ -56,6 +56,11 @@ class KVCache:
         return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
 
     @property
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as they lie, for kernels that go by addresses."""
+        return self._keys, self._values
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the whole cache."""
         return self._keys.nbytes + self._values.nbytes
@@ -93,7 +98,8 @@ class FusedKVCache(KVCache):
         keys      [kv_heads, head_dim, page_size]
         values    [kv_heads, page_size, head_dim]
 
-    `write` and `read` are for steps that fused blocks cannot compute.
+    `memory` has the shape of KVCache's, which says nothing about the order. `write` and `read` are for steps that fused
+    blocks cannot compute.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -102,11 +108,6 @@ class FusedKVCache(KVCache):
         self._page_size, heads, size = self._keys.shape[2:]
         self._keys_in_order = self._keys.view(*self._keys.shape[:2], heads, size, self._page_size)
         self._values_in_order = self._values.view(*self._values.shape[:2], heads, self._page_size, size)
-
-    @property
-    def memory(self) -> tuple[Tensor, Tensor]:
-        """Keys and values for whoever goes by addresses; their shape is KVCache's, and says nothing about the order."""
-        return self._keys, self._values
 
     def write(self, layer: int, slots_T: Tensor, keys_THD: Tensor, values_THD: Tensor) -> None:
         """Store the keys and values of T tokens at their slots. slots_T: int64, distinct."""

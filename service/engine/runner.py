@@ -77,8 +77,9 @@ class Runner:
         )
         register()
         model.set_attn_implementation(PAGED_ATTENTION)
-        self._reads_pages = reads_pages(model.device, self._cache, has_sinks=shape.has_sinks)
         self._fused = self._fuse(config)
+        in_order = self._fused is None  # kernels that go by addresses know KVCache's own order only
+        self._reads_pages = in_order and reads_pages(model.device, self._cache, has_sinks=shape.has_sinks)
         self._graphs = self._record(shape, config)
         self.self_check()
 

@@ -268,10 +268,20 @@ def test_nanoquant_spends_its_bits_where_inputs_are_large():
     assert error[0.0] < 0.7 * error[1.0]
 
 
+ITERATED = ("dbf", "nanoquant")
+
+
 @pytest.mark.parametrize("case", golden_cases())
 def test_golden_numbers(case):
-    """The 8x8 result of each method is the committed one."""
-    assert render_golden(case) == golden_file(case).read_text()
+    """The 8x8 result of each method is the committed one.
+
+    Where many iterations follow one another, processors that round otherwise end a thousandth apart.
+    """
+    found, golden = render_golden(case).splitlines(), golden_file(case).read_text().splitlines()
+    assert found[0] == golden[0]
+    numbers = [[[float(value) for value in line.split()] for line in lines[1:]] for lines in (found, golden)]
+    apart = 3e-3 if case in ITERATED else 1.1e-4
+    assert all(row == pytest.approx(wanted, abs=apart) for row, wanted in zip(*numbers, strict=True))
 
 
 @pytest.mark.parametrize(
