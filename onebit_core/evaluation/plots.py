@@ -80,6 +80,7 @@ def learning_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         for place, (name, entries) in enumerate(curves.items()):
             points = [entry["tokens"] for entry in entries], [entry["held_out_kl"] for entry in entries]
             axes.plot(*points, marker=".", color=COLOURS[place % len(COLOURS)], label=name)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("tokens")
         axes.set_ylabel("held-out KL, nats per token")
         axes.grid(axis="y")

@@ -45,4 +45,4 @@ def test_the_page_and_the_picture_are_those_of_the_newest_file():
     assert with_table(text, read_lines(file)) == text
     picture = picture_of(file).read_text()
     assert f"../images/{picture_of(file).name}" in text
-    assert all(f"<!-- {row} -->" in picture for row in {line["row"] for line in read_lines(file)})
+    assert all(f">{row}</text>" in picture for row in {line["row"] for line in read_lines(file)})
