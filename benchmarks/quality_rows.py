@@ -68,6 +68,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
 
 SVID_LIGHT = Row(name="svid+light", method="svid", preset="light")
 SVID_FULL = Row(name="svid+full", method="svid", preset="full")
+PB_LLM_LIGHT = Row(name="pb_llm-10+light", method="pb_llm", settings={"ratio": 0.1}, preset="light")
 LUT2_ROW_LIGHT = Row(name="lut2-row+light", method="lut2", settings={"group_size": 0}, preset="light")
 
 ROWS = (
@@ -162,8 +163,8 @@ ROWS = (
         for bits in ("2.5", "3.3", "4.1")
         for suffix in ("", "+light")
     ),
-    Row(name="pb_llm-10+light", method="pb_llm", settings={"ratio": 0.1}, preset="light"),
+    PB_LLM_LIGHT,
     *(_trained(start, written=WRITTEN) for start in (SVID_LIGHT, SVID_FULL)),
     *(_trained(SVID_LIGHT, suffix, **SHORT, **changed) for suffix, changed in ABLATIONS.items()),
-    _trained(LUT2_ROW_LIGHT, written=WRITTEN),
+    *(_trained(start, written=WRITTEN) for start in (PB_LLM_LIGHT, LUT2_ROW_LIGHT)),
 )

@@ -105,7 +105,8 @@ def _coerce_scalar(where: str, hint: Any, value: Any) -> Any:
         except OverflowError:
             raise ConfigError(f"{where}: an integer of {len(str(value))} digits is too large a number") from None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+        expected = "true or false" if hint is bool else hint.__name__
+        raise ConfigError(f"{where}: expected {expected}, got {value!r}")
     if isinstance(value, float) and value - value != 0:
         raise ConfigError(f"{where}: {value!r} is not a finite number")
     return value

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 PROBE_TOKENS = 8
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode a model that is spread would gather its blocks into tensors that cannot learn
 def plain_head(model: PreTrainedModel, tokens_T: Tensor) -> nn.Module | None:
     """Return the head, if the logits are the head of the decoder's last hidden state and nothing else.
 

@@ -26,8 +26,8 @@ from onebit_core.qat import Adaptation, Checkpoints, Trainer, TrainingConfig, Tr
 QUIET = Watch()
 USUAL_TOKENS = 512
 USUAL_RATE = 5e-3
-DISTILLATION_ONLY = ("teacher", "alpha", "sign_optimizer", "sign_rate", "surrogate", "scales", "latent_rate")
-"""Settings of a training that say nothing to an adapter, which has neither a teacher nor signs that turn."""
+DISTILLATION_ONLY = ("teacher", "shard", "alpha", "sign_optimizer", "sign_rate", "surrogate", "scales", "latent_rate")
+"""Settings of a training that say nothing to an adapter, which has no teacher, no signs that turn, and is small."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,8 @@ def train_artifact(config: TrainArtifactConfig, out: Path, *, watch: Watch = QUI
     assert tokens is not None
     layers, embedding_bits = _put_layers(original, config.artifact)
     sizes = [(layer.in_features * layer.out_features, layer.spec) for layer in layers.values()]
-    check_training_memory(original, config.training, CalibrationConfig().tokens, sizes, device, world.on_this_machine())
+    processes = (world.size, world.on_this_machine())
+    check_training_memory(original, config.training, CalibrationConfig().tokens, sizes, device, processes)
     watch.report("load", 1, 1, model=config.artifact)
     run = {"artifact": manifest.sha256, "version": current_versions()["onebit"]}
     place = TrainingPlace(device=device, watch=watch, work=work, run=run)

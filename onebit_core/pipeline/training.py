@@ -8,8 +8,9 @@ Shape suffixes: S = windows, T = tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from onebit_core.artifact.registration import ties_embedding
 from onebit_core.calibration.sampling import CalibrationTokens, evenly, fingerprint_of
 from onebit_core.errors import TrainingError
 from onebit_core.evaluation.run import choose_dtype
+from onebit_core.latents import Latent
 from onebit_core.latents.student import in_training
 from onebit_core.layers import EMBEDDINGS, quantize_table
 from onebit_core.model.head import summed_divergence
@@ -26,8 +28,21 @@ from onebit_core.model.loading import OriginalModel, load_original
 from onebit_core.pipeline.calibrate import check_context, draw_windows
 from onebit_core.pipeline.config import CalibrationConfig
 from onebit_core.progress import Watch
-from onebit_core.qat import Checkpoints, Distillation, Trainer, TrainingConfig, TrainingResult, TrainingWindows
+from onebit_core.qat import (
+    Checkpoints,
+    Distillation,
+    Trainer,
+    TrainingConfig,
+    TrainingResult,
+    TrainingWindows,
+    World,
+    prepare,
+)
+from onebit_core.qat.sharding import ShardedBlock, load_sharded
 from onebit_core.qat.teacher import to_eight_bit
+
+if TYPE_CHECKING:  # not every build of torch has them
+    from torch.distributed.device_mesh import DeviceMesh
 
 CHECKED_TOKENS = 64
 LARGEST_EXPORT_KL = 1e-3
@@ -115,16 +130,18 @@ def train_layers(
     windows = split_windows(tokens.ids_ST, config.held_out)
     dtype = choose_dtype(config.dtype, place.device)
     run = {**place.run, **config.fingerprint(), "dtype": str(dtype), "windows": fingerprint_of(tokens.ids_ST)}
-    checkpoints = Checkpoints(place.work / PLACE, run) if place.work else None
+    is_sharded = config.shard and World().size > 1
+    checkpoints = _checkpoints(place.work / PLACE, run, is_sharded=is_sharded) if place.work else None
 
     place.watch.report("train", 0, config.steps)
-    teacher = _teacher(original, config, place.device, dtype)
+    mesh = World().mesh(place.device) if is_sharded else None
+    teacher = _teacher(original, config, place.device, dtype, mesh)
     original.load_outer(place.device)
     _round_tables(original, embedding_bits)
     blocks = original.blocks.to(place.device)
 
     probe_1T = windows.held_out_ST[:1, :CHECKED_TOKENS]
-    with in_training(blocks) as latents:
+    with in_training(blocks, partial(prepare, config=config), partial(_spread, mesh=mesh) if mesh else None) as latents:
         pair = Distillation(original.model, teacher, probe_1T[0], dtype=dtype, recompute=config.recompute)
         result = Trainer(pair, latents, windows, config, checkpoints).run(place.watch)
         trained = _logits(original, probe_1T)
@@ -133,8 +150,26 @@ def train_layers(
     return _record(config, tokens, result), result
 
 
-def _teacher(original: OriginalModel, config: TrainingConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the whole original once more; where it is to be small, it becomes so before it goes to the device."""
+def _checkpoints(folder: Path, run: Mapping[str, Any], *, is_sharded: bool) -> Checkpoints:
+    """Return where checkpoints are kept, all by one process or each one's share."""
+    if not is_sharded:
+        return Checkpoints(folder, run)
+    from onebit_core.qat.sharded_checkpoint import ShardedCheckpoints
+
+    return ShardedCheckpoints(folder, run)
+
+
+def _spread(block: nn.Module, latents: list[Latent], mesh: "DeviceMesh") -> nn.Module:
+    """Spread what is trained of a block over the processes that train together."""
+    return ShardedBlock(block, [value for latent in latents for value in latent.parameters()], mesh)
+
+
+def _teacher(
+    original: OriginalModel, config: TrainingConfig, device: str, dtype: torch.dtype, mesh: "DeviceMesh | None"
+) -> PreTrainedModel:
+    """Load the original once more; where it is to be small, it becomes so before it goes to the device."""
+    if mesh:
+        return load_sharded(original.name, mesh, device, dtype, eight_bit=config.teacher == "int8")
     if config.teacher == "original":
         return load_original(original.name, device=device, dtype=dtype)[0]
     teacher, _ = load_original(original.name, device="cpu", dtype=dtype)

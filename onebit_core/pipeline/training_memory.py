@@ -1,9 +1,10 @@
 """What a training holds: latents of all layers, the original, states of a pass, logits of a slice.
 
-latents    20 bytes a weight (latent, gradient, Adam's two moments, the best so far), and what a format adds
+latents    20 bytes a weight (latent, gradient, Adam's two moments, the best so far), and what a format adds;
+           spread over processes, a share of it, and one block's latents and gradients whole, twice while gathered
 pass       what the backward pass keeps of dense weights, by format; of one block only with `recompute`
 states     hidden and feed-forward states of the windows of a pass
-original   whole, counted in float32, or its linears in a byte a weight
+original   whole, counted in float32, or its linears in a byte a weight; spread, a share of its blocks and one of them
 """
 
 from collections.abc import Iterable
@@ -20,6 +21,9 @@ from onebit_core.qat.losses import POSITIONS_AT_ONCE
 
 FLOAT_BYTES = 4
 LATENT_BYTES = 20
+GATHERED_BYTES = 20
+"""Of a weight of one block, where blocks are spread: latent and gradient, both once more on the way, the original."""
+
 PASS_BYTES = {"sign": 4, "grouped_int": 12, "lut": 9, "factor": 12, "split": 20, "rotated": 16, "normed": 12}
 """Of a weight, by format: constants of the latent, and tensors that a backward pass reads; measured."""
 
@@ -42,7 +46,9 @@ Layers = Iterable[tuple[int, LayerSpec]]
 """Weights of every layer, and what is stored of it."""
 
 
-def training_bytes(original: OriginalModel, config: TrainingConfig, tokens: int, layers: Layers) -> int:
+def training_bytes(
+    original: OriginalModel, config: TrainingConfig, tokens: int, layers: Layers, shares: int = 1
+) -> int:
     """Return what a training takes beside the packed layers and what is outside of the blocks.
 
     Args:
@@ -50,6 +56,7 @@ def training_bytes(original: OriginalModel, config: TrainingConfig, tokens: int,
         config: how it is trained.
         tokens: per window, where `config` does not say.
         layers: of all blocks.
+        shares: processes that the blocks are spread over.
     """
     text: Any = original.config.get_text_config()
     sizes = list(layers)
@@ -62,12 +69,19 @@ def training_bytes(original: OriginalModel, config: TrainingConfig, tokens: int,
     inside = (HIDDEN_STATES * text.hidden_size + WIDE_STATES * wide) * len(original.blocks) * share
     states = FLOAT_BYTES * at_once * (compared + inside)
     logits = FLOAT_BYTES * LOGITS * POSITIONS_AT_ONCE * text.vocab_size
-    smaller = (FLOAT_BYTES - 1) * weights if config.teacher == "int8" else 0
-    return int(LATENT_BYTES * weights + kept + states + logits + FLOAT_BYTES * original.num_parameters - smaller)
+    outer = FLOAT_BYTES * (original.num_parameters - weights)
+    blocks = weights * (LATENT_BYTES + (1 if config.teacher == "int8" else FLOAT_BYTES)) / shares
+    gathered = GATHERED_BYTES * weights / len(original.blocks) if shares > 1 else 0
+    return int(blocks + gathered + outer + kept + states + logits)
 
 
 def check_training_memory(
-    original: OriginalModel, config: TrainingConfig, tokens: int, layers: Layers, device: str, processes: int = 1
+    original: OriginalModel,
+    config: TrainingConfig,
+    tokens: int,
+    layers: Layers,
+    device: str,
+    processes: tuple[int, int] = (1, 1),
 ) -> None:
     """Refuse a training that does not fit.
 
@@ -77,23 +91,27 @@ def check_training_memory(
         tokens: per window, where `config` does not say.
         layers: of all blocks.
         device: where it will run.
-        processes: that train on this machine together, and share its memory where they share the device.
+        processes: that train together, on all machines and on this one, whose memory they share if they share the
+            device.
 
     Raises:
         NotEnoughMemory: with what would take less.
     """
-    needed = training_bytes(original, config, tokens, layers)
-    free = psutil.virtual_memory().available // processes if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+    everywhere, here = processes
+    needed = training_bytes(original, config, tokens, layers, everywhere if config.shard else 1)
+    free = psutil.virtual_memory().available // here if device == "cpu" else torch.cuda.mem_get_info(device)[0]
     if needed > free:
         raise NotEnoughMemory(
             f"{original.name}: a training needs about {needed / 2**30:.1f} GiB more on {device}, and "
-            f"{free / 2**30:.1f} GiB are free; use {training_remedy(config)}, or a larger machine"
+            f"{free / 2**30:.1f} GiB are free; use {training_remedy(config, everywhere)}, or a larger machine"
         )
 
 
-def training_remedy(config: TrainingConfig) -> str:
+def training_remedy(config: TrainingConfig, processes: int = 1) -> str:
     """Say what would make a training smaller."""
-    smaller = [] if config.recompute else ["training.recompute true"]
+    smaller = ["training.shard true"] if processes > 1 and not config.shard else []
+    if not config.recompute:
+        smaller.append("training.recompute true")
     if config.teacher == "original":
         smaller.append("training.teacher int8")
     if min(config.windows_at_once, config.batch) > 1:

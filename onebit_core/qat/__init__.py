@@ -9,6 +9,7 @@
     trainer        the loop
     checkpoint     a training on disk
     world          several processes that train together
+    sharding       each of them with a share of the model
 
 What a format can change is in onebit_core.latents, so every format takes part.
 """
@@ -17,7 +18,7 @@ from onebit_core.qat.adaptation import Adaptation
 from onebit_core.qat.checkpoint import Checkpoints
 from onebit_core.qat.config import TrainingConfig
 from onebit_core.qat.distillation import Distillation
-from onebit_core.qat.trainer import Trainer, TrainingResult, TrainingWindows
+from onebit_core.qat.trainer import Trainer, TrainingResult, TrainingWindows, prepare
 from onebit_core.qat.world import World, joined
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "TrainingWindows",
     "World",
     "joined",
+    "prepare",
 ]

@@ -5,10 +5,9 @@
 What adapters minimize: a user's text says what the model shall say, and its original does not know it any better.
 Source: PEQA, arXiv:2305.14152, section 3.2.
 
-Shape suffixes: B = windows, S = windows of a set, T = tokens.
+Shape suffixes: B = windows, T = tokens.
 """
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -37,10 +36,6 @@ class Adaptation:
         return Losses(logits=loss, hidden=loss.new_zeros(()))
 
     @torch.no_grad()
-    def mean_loss(self, windows_ST: Tensor, at_once: int, check: Callable[[], None] = lambda: None) -> float:
-        """Return the mean loss per token over windows, in nats; `check` is called before each run and may raise."""
-        total = 0.0
-        for part_BT in windows_ST.split(at_once):
-            check()
-            total += float(self.losses(part_BT, hidden=False).logits) * len(part_BT)
-        return total / len(windows_ST)
+    def mean_loss(self, ids_BT: Tensor) -> float:
+        """Return the mean loss per token over windows that are run at once, in nats."""
+        return float(self.losses(ids_BT, hidden=False).logits)

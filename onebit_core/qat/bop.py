@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onebit_core.qat.sharding import own_part
+
 BETAS = (0.9, 0.95)
 FEWEST_GRADIENTS = 5
 """So many must have been seen of a sign before it turns; of a first one, all are equally sure."""
@@ -29,12 +31,29 @@ SMALLEST = 1e-12
 """Of the second moment's root; a gradient that was never there moves nothing."""
 
 
+Pick = Callable[[Tensor, int], Tensor]
+
+
+def among_largest(values_N: Tensor, count: int) -> Tensor:
+    """Say of values which are the `count` largest, or all: bool [N]."""
+    chosen_N = torch.zeros_like(values_N, dtype=torch.bool)
+    chosen_N[values_N.topk(min(count, len(values_N))).indices] = True
+    return chosen_N
+
+
 class Bop(torch.optim.Optimizer):
     """The optimizer; `lr` is the share of all signs that may turn in a step: at least one of them, unless it is 0."""
 
-    def __init__(self, signs: Iterable[nn.Parameter], lr: float = 0.0) -> None:
-        """Take the parameters whose signs are trained, floating and without zeros, of any shapes."""
+    def __init__(self, signs: Iterable[nn.Parameter], lr: float = 0.0, among_largest: Pick = among_largest) -> None:
+        """Take the parameters whose signs are trained, floating and without zeros, of any shapes.
+
+        Args:
+            signs: the parameters; of those that are spread over processes, each process turns its own part.
+            lr: share of all signs that may turn in a step.
+            among_largest: says which of this process's values are among the so many largest of all.
+        """
         super().__init__(signs, {"lr": lr})
+        self._among_largest = among_largest
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # returns no loss
@@ -47,27 +66,24 @@ class Bop(torch.optim.Optimizer):
             count = max(1, round(group["lr"] * sum(value.numel() for value in group["params"]))) if group["lr"] else 0
             sure, places = zip(*(self._surest(value, count) for value in values), strict=True)
             everywhere = torch.cat(sure)
-            if not len(everywhere):  # none may turn yet, or ever
-                continue
-            may_turn = torch.zeros_like(everywhere, dtype=torch.bool)
-            may_turn[everywhere.topk(min(count, len(everywhere))).indices] = True
-            may_turn &= everywhere > 0
+            may_turn = self._among_largest(everywhere, count) & (everywhere > 0)
             for value, places_N, turns_N in zip(values, places, may_turn.split([*map(len, sure)]), strict=True):
                 self._turn(value, places_N[turns_N])
 
     def _surest(self, value: nn.Parameter, count: int) -> tuple[Tensor, Tensor]:
-        """Take in a gradient; return the largest r of a parameter, and their places, of the flat parameter."""
-        state, gradient = self.state[value], value.grad
-        assert gradient is not None
+        """Take in a gradient; return the largest r of this process's part of it, and their places there, flat."""
+        state = self.state[value]
+        assert value.grad is not None
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(value), torch.zeros_like(value)
         state["step"] += 1
-        state["exp_avg"].lerp_(gradient, 1 - BETAS[0])
-        state["exp_avg_sq"].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        gradient, mean, square = map(own_part, (value.grad, state["exp_avg"], state["exp_avg_sq"]))
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         first, second = (1 - beta ** float(state["step"]) for beta in BETAS)
-        root = (state["exp_avg_sq"] / second).sqrt_().add_(SMALLEST)
-        r = torch.where(value < 0, -state["exp_avg"], state["exp_avg"]).div_(root).div_(first)
+        root = (square / second).sqrt_().add_(SMALLEST)
+        r = torch.where(own_part(value) < 0, -mean, mean).div_(root).div_(first)
         if state["step"] < FEWEST_GRADIENTS:
             count = 0
         found = r.flatten().topk(min(count, r.numel()))
@@ -75,5 +91,5 @@ class Bop(torch.optim.Optimizer):
 
     def _turn(self, value: nn.Parameter, places_N: Tensor) -> None:
         """Turn the signs at places, and wait for new gradients there."""
-        value.view(-1)[places_N] *= -1
-        self.state[value]["exp_avg"].view(-1)[places_N] = 0
+        own_part(value).view(-1)[places_N] *= -1
+        own_part(self.state[value]["exp_avg"]).view(-1)[places_N] = 0

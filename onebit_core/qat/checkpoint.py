@@ -7,12 +7,12 @@ A checkpoint appears at once (written beside, renamed), and the one before is re
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,7 +50,7 @@ class Checkpoints:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob("training*.writing"):  # of a process that was killed
-                leftover.unlink(missing_ok=True)  # another process may be faster
+                _remove(leftover)
             self.step = self._step_reached()
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
@@ -91,15 +91,15 @@ class Checkpoints:
             raise ArtifactError(f"{file}: cannot be written ({first_line(error)})") from error
         self.step = state.step
 
-    def load(self, device: str | torch.device) -> TrainingState | None:
-        """Return the last moment kept, or None.
+    def load(self, values: Mapping[str, Tensor]) -> TrainingState | None:
+        """Return the last moment kept, on the device of the values that are trained, or None.
 
         Raises:
             CorruptArtifact: its file is missing or damaged.
         """
         if not self.step:
             return None
-        file = self._file(self.step)
+        file, device = self._file(self.step), next(iter(values.values())).device
         try:
             with open_safetensors(file, str(device)) as reader:
                 curve = json.loads((reader.metadata() or {})["curve"])
@@ -112,3 +112,11 @@ class Checkpoints:
 
     def _file(self, step: int) -> Path:
         return self.folder / f"training_{step:06d}.safetensors"
+
+
+def _remove(leftover: Path) -> None:
+    """Remove a file, or the folder of a training that was spread; another process may be faster."""
+    if leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)

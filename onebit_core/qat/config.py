@@ -42,6 +42,8 @@ class TrainingConfig(StrictConfig):
         held_out: windows that are not trained on; they tell how far the training is.
         batch: windows per step.
         windows_at_once: of a step; the gradients of several runs are added up, which takes less memory.
+        shard: where several processes train together, each keeps a share of latents, moments and the original
+            (onebit_core.qat.sharding); one process keeps all.
         recompute: run blocks again in the backward pass: a third slower, and one block's activations at a time.
         teacher: the `original`, or its blocks in `int8` (onebit_core.qat.teacher), which takes less memory.
         alpha: weight of the hidden states' loss beside that of the logits; 0 leaves it out.
@@ -71,6 +73,7 @@ class TrainingConfig(StrictConfig):
     held_out: int = 8
     batch: int = 4
     windows_at_once: int = 4
+    shard: bool = False
     recompute: bool = False
     teacher: Literal["original", "int8"] = "original"
     alpha: float = 0.0

@@ -21,14 +21,14 @@ LARGEST_CODE = 127
 class EightBitLinear(nn.Module):
     """A linear whose weight is kept as int8 [O, I] and a float32 scale a row; it has no gradient."""
 
-    codes: Tensor
     scale: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight_OI = linear.weight.detach().float()
         scale_O = (weight_OI.abs().amax(1) / LARGEST_CODE).clamp(min=torch.finfo(torch.float32).tiny)
-        self.register_buffer("codes", (weight_OI / scale_O[:, None]).round_().to(torch.int8))
+        codes_OI = (weight_OI / scale_O[:, None]).round_().to(torch.int8)
+        self.codes = nn.Parameter(codes_OI, requires_grad=False)  # a parameter, so that it can be spread over processes
         self.register_buffer("scale", scale_O)
         self.bias: Tensor | None = linear.bias
 
@@ -42,6 +42,12 @@ class EightBitLinear(nn.Module):
 def to_eight_bit(model: PreTrainedModel) -> None:
     """Put every linear in the blocks of a model into 8 bit, in place."""
     blocks = blocks_of(model, layout_of(type(model).__name__))
-    for name, module in list(blocks.named_modules()):
+    block_to_eight_bit(blocks)
+
+
+@torch.no_grad()
+def block_to_eight_bit(block: nn.Module) -> None:
+    """Put every linear inside of a module into 8 bit, in place."""
+    for name, module in list(block.named_modules()):
         if isinstance(module, nn.Linear):
-            replace_module(blocks, name, EightBitLinear(module))
+            replace_module(block, name, EightBitLinear(module))

@@ -17,10 +17,10 @@ Shape suffixes: S = windows, B = windows of a step, T = tokens.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -30,10 +30,11 @@ from onebit_core.errors import ArtifactError, Cancelled, ConfigError, CorruptArt
 from onebit_core.latents import Latent
 from onebit_core.latents.base import each_latent
 from onebit_core.progress import Watch
-from onebit_core.qat.bop import Bop
+from onebit_core.qat.bop import Bop, Pick, among_largest
 from onebit_core.qat.checkpoint import Checkpoints, TrainingState
 from onebit_core.qat.config import TrainingConfig
 from onebit_core.qat.distillation import Losses
+from onebit_core.qat.sharding import whole
 from onebit_core.qat.world import World
 
 ADAM_BETAS = (0.9, 0.98)
@@ -80,8 +81,8 @@ class Objective(Protocol):
     def losses(self, ids_BT: Tensor, *, hidden: bool) -> Losses:
         """Return the losses of windows, with gradients."""
 
-    def mean_loss(self, windows_ST: Tensor, at_once: int, check: Callable[[], None]) -> float:
-        """Return the mean of the first loss over windows, without gradients."""
+    def mean_loss(self, ids_BT: Tensor) -> float:
+        """Return the first of the losses of windows, without gradients."""
 
 
 class Trainable(Protocol):
@@ -111,14 +112,12 @@ class Trainer:
         self.objective, self.windows, self.config, self.checkpoints = objective, windows, config, checkpoints
         self.latents = [latent for latent in latents.values() if isinstance(latent, Latent)]
         self._held_out = f"held_out_{objective.quantity}"
-        for latent in each_latent(self.latents):
-            latent.surrogate = config.surrogate
-            if config.scales == "closed_form":
-                latent.use_closed_form()
+        self.world = World()
+        self.is_sharded = config.shard and self.world.size > 1
         self.values = {
             f"{name}:{child}": value for name, latent in latents.items() for child, value in latent.named_parameters()
         }
-        self.optimizers = _optimizers(latents, config)
+        self.optimizers = _optimizers(latents, config, self.world.among_largest if self.is_sharded else among_largest)
         names = {id(value): name for name, value in self.values.items()}
         self._moments = {
             names[id(value)]: optimizer.state[value]
@@ -126,7 +125,6 @@ class Trainer:
             for group in optimizer.param_groups
             for value in group["params"]
         }
-        self.world = World()
         if self.world.size > config.batch:
             raise ConfigError(
                 f"training.batch {config.batch}: each of the {self.world.size} processes needs a window of every step; "
@@ -145,8 +143,8 @@ class Trainer:
             ConfigError: processes that train together have found other checkpoints.
             Cancelled: inside a step, whose gradients are dropped, or between two; a checkpoint is written first.
         """
+        self._check_together(self.checkpoints.step if self.checkpoints else 0)
         step = self._resume()
-        self._check_together(step)
         try:
             while True:
                 if self._is_due(step):
@@ -177,16 +175,18 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         batch_BT = self.windows.train_ST[order_of(step, len(self.windows.train_ST), self.config)]
         loss = hidden = 0.0
-        for part_BT in self.world.share(batch_BT).split(self.config.windows_at_once):
+        for part_BT, share in self._parts(batch_BT):
             self._stop_alone(watch)
             losses = self.objective.losses(part_BT, hidden=self.config.alpha > 0)
-            share = len(part_BT) / len(batch_BT)
             ((losses.logits + self.config.alpha * losses.hidden) * share).backward()
             loss += float(losses.logits.detach()) * share
             hidden += float(losses.hidden.detach()) * share
-        self.world.add_gradients(self.values.values())
+        if self.is_sharded:  # added up already
+            self.world.drop_unreached(self.values.values())
+        else:
+            self.world.add_gradients(self.values.values())
         loss, hidden = self.world.total(loss, hidden)
-        norm = float(nn.utils.clip_grad_norm_(self.values.values(), self.config.largest_gradient))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.values.values(), self.config.largest_gradient)))
         for name, value in (("loss", loss + hidden), ("gradient", norm)):
             if not math.isfinite(value):
                 raise self._diverged(f"the {name} of step {step + 1} is {value}")
@@ -196,6 +196,18 @@ class Trainer:
             latent.settle()
         self._since_look.append((loss, hidden))
         return loss
+
+    def _parts(self, windows_BT: Tensor) -> list[tuple[Tensor, float]]:
+        """Return this process's windows, as many at a time as run at once, each part with its share of all windows.
+
+        Where the model is spread, blocks are gathered by all: whoever has fewer parts runs one that counts nothing.
+        """
+        at_once, own_BT = self.config.windows_at_once, self.world.share(windows_BT)
+        parts = [(part_BT, len(part_BT) / len(windows_BT)) for part_BT in own_BT.split(at_once) if len(part_BT)]
+        if self.is_sharded:
+            most = math.ceil(math.ceil(len(windows_BT) / self.world.size) / at_once)
+            parts += [(windows_BT[:1], 0.0)] * (most - len(parts))
+        return parts
 
     def _stop_alone(self, watch: Watch) -> None:
         """Stop in the middle of a step, if asked to and nobody waits for this process."""
@@ -231,10 +243,11 @@ class Trainer:
 
     def _look(self, step: int, watch: Watch) -> None:
         """Measure the held-out windows and note the best latents."""
-        share_ST = self.world.share(self.windows.held_out_ST)
-        check = partial(self._stop_alone, watch)
-        mean = self.objective.mean_loss(share_ST, self.config.windows_at_once, check) if len(share_ST) else 0.0
-        held_out = self.world.total(mean * len(share_ST))[0] / len(self.windows.held_out_ST)
+        own = 0.0
+        for part_BT, share in self._parts(self.windows.held_out_ST):
+            self._stop_alone(watch)
+            own += self.objective.mean_loss(part_BT) * share
+        (held_out,) = self.world.total(own)
         if not math.isfinite(held_out):
             raise self._diverged(f"the held-out loss after step {step} is {held_out}")
         entry: dict[str, Any] = {
@@ -268,7 +281,7 @@ class Trainer:
 
     def _keep(self, step: int) -> None:
         """Write a checkpoint, where there is a folder for them."""
-        if self.checkpoints and step and self.world.is_first:
+        if self.checkpoints and step and (self.world.is_first or self.is_sharded):
             self.checkpoints.save(self._state(step))
 
     def _state(self, step: int) -> TrainingState:
@@ -287,7 +300,7 @@ class Trainer:
         Raises:
             CorruptArtifact: it is damaged, or of other layers.
         """
-        state = self.checkpoints.load(next(iter(self.values.values())).device) if self.checkpoints else None
+        state = self.checkpoints.load(self.values) if self.checkpoints else None
         if state is None:
             return 0
         tensors = state.tensors
@@ -313,7 +326,15 @@ class Trainer:
             self.values[name].copy_(value)
 
 
-def _optimizers(latents: Mapping[str, Trainable], config: TrainingConfig) -> list[torch.optim.Optimizer]:
+def prepare(latent: Latent, config: TrainingConfig) -> None:
+    """Make a fresh latent one that is trained as asked for."""
+    for part in each_latent([latent]):
+        part.surrogate = config.surrogate
+        if config.scales == "closed_form":
+            part.use_closed_form()
+
+
+def _optimizers(latents: Mapping[str, Trainable], config: TrainingConfig, pick: Pick) -> list[torch.optim.Optimizer]:
     """Return what trains signs, where they have an optimizer of their own, and Adam for all else, with full rates."""
     signs: list[nn.Parameter] = []
     if config.sign_optimizer == "bop":
@@ -328,7 +349,7 @@ def _optimizers(latents: Mapping[str, Trainable], config: TrainingConfig) -> lis
     ]
     result: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, lr=0.0, betas=ADAM_BETAS, fused=True)]
     if signs:
-        result.append(Bop(signs))
+        result.append(Bop(signs, among_largest=pick))
         result[-1].param_groups[0] |= {"full_rate": config.sign_rate, "kind": "sign_rate"}
     return result
 

@@ -21,8 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from onebit_core.errors import ConfigError
+from onebit_core.qat.sharding import own_part
 
 if TYPE_CHECKING:  # not every build of torch has them
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
@@ -143,6 +145,35 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(made)
         return cast("T", made[0])
+
+    def mesh(self, device: str) -> "DeviceMesh":
+        """Return all processes as what a model can be spread over; all ask together."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(torch.device(device).type, (self.size,))
+
+    def among_largest(self, own_N: Tensor, count: int) -> Tensor:
+        """Say of this process's values which are among the `count` largest of all processes': bool [N]."""
+        best = own_N.topk(min(count, len(own_N)))
+        sent_C = own_N.new_full((count,), -torch.inf)
+        sent_C[: len(best.values)] = best.values
+        received_RC = [torch.empty_like(sent_C) for _ in range(self.size)]
+        dist.all_gather(received_RC, sent_C)
+        order = torch.cat(received_RC).sort(descending=True, stable=True).indices[:count]
+        is_chosen_RC = torch.zeros(self.size * count, dtype=torch.bool, device=own_N.device)
+        is_chosen_RC[order] = True
+        chosen_N = torch.zeros_like(own_N, dtype=torch.bool)
+        chosen_N[best.indices] = is_chosen_RC.view(self.size, count)[self.rank, : len(best.indices)]
+        return chosen_N
+
+    def drop_unreached(self, values: Iterable[nn.Parameter]) -> None:
+        """Take gradients away that are zero in all processes' parts: of an expert that no token has reached."""
+        ordered = [value for value in values if value.grad is not None]
+        seen = torch.tensor([float(own_part(cast("Tensor", value.grad)).any()) for value in ordered])
+        dist.all_reduce(seen)
+        for value, number in zip(ordered, seen.tolist(), strict=True):
+            if not number:
+                value.grad = None
 
     def add_gradients(self, values: Iterable[nn.Parameter]) -> None:
         """Give every parameter the sum of all processes' gradients; one that nobody has a gradient of keeps none."""

@@ -1,5 +1,7 @@
 """The loop learns, keeps its best, stops early, and goes on after a stop as if there had been none."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +16,7 @@ from onebit_core.model.loading import load_original
 from onebit_core.model.replace import replace_module
 from onebit_core.progress import CancelToken, Watch
 from onebit_core.qat import Checkpoints, Distillation, Trainer, TrainingConfig, TrainingWindows
-from onebit_core.qat.trainer import order_of, rate_at
+from onebit_core.qat.trainer import order_of, prepare, rate_at
 from tests.support.tiny_model import save_tiny_model
 
 STEPS = 12
@@ -58,7 +60,7 @@ class Pair:
                 replace_module(self.blocks, name, METHODS[method].quantize(module.weight.detach(), statistics, made))
 
     def train(self, windows, config, checkpoints=None, watch=None):
-        with in_training(self.blocks) as latents:
+        with in_training(self.blocks, partial(prepare, config=config)) as latents:
             probe = windows.held_out_ST[0]
             pair = Distillation(self.student, self.teacher, probe, dtype=torch.float32, recompute=config.recompute)
             return Trainer(pair, latents, windows, config, checkpoints).run(watch or Watch())

@@ -1,0 +1,51 @@
+"""What a training asks of memory, and that nothing is handed on which differs from what was trained."""
+
+import psutil
+import pytest
+
+from onebit_core.errors import NotEnoughMemory, TrainingError
+from onebit_core.latents.sign import SignLatent
+from onebit_core.layers import LayerSpec
+from onebit_core.model.loading import open_original
+from onebit_core.pipeline.train_artifact import train_artifact
+from onebit_core.pipeline.training_memory import check_training_memory, training_bytes
+from tests.support.quantized import quantize_tiny
+from tests.support.tiny_model import save_tiny_model
+from tests.support.trained import TEXT, configure
+
+WEIGHTS = 64 * 64
+LAYERS = [(WEIGHTS, LayerSpec(format="sign", in_features=64, out_features=64))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_shares_take_less_each(model):
+    """Of latents and the original a quarter with four processes, and one block whole."""
+    original, config = open_original(str(model)), configure("", "text").training
+    whole, quarter = (training_bytes(original, config, 32, LAYERS, shares) for shares in (1, 4))
+    block = 20 * WEIGHTS / len(original.blocks)
+    assert whole - quarter == pytest.approx((20 + 4) * WEIGHTS * 3 / 4 - block, abs=1)
+
+
+def test_too_little_memory_is_refused_with_what_would_help(model):
+    """Sharing the model, where there are processes to share it with; what is set already is not proposed."""
+    original = open_original(str(model))
+    huge = [(psutil.virtual_memory().total // 8, LAYERS[0][1])]
+    for shard, processes, is_proposed in ((False, 1, False), (False, 2, True), (True, 2, False)):
+        config = configure("", "text", shard=shard).training
+        with pytest.raises(NotEnoughMemory, match="a training needs about") as refused:
+            check_training_memory(original, config, 32, huge, "cpu", (processes, 1))
+        assert ("training.shard true" in str(refused.value)) == is_proposed
+
+
+def test_a_packed_model_that_differs_from_the_trained_one_is_refused(model, tmp_path, monkeypatch):
+    """Here packing forgets what was learned; nothing is written."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    artifact = quantize_tiny(model, tmp_path / "artifact", "svid", settings={})
+    monkeypatch.setattr(SignLatent, "write", lambda *_: None)
+    with pytest.raises(TrainingError, match="packed"):
+        train_artifact(configure(artifact, str(tmp_path / "text.txt"), scale_rate=0.01), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
