@@ -4,8 +4,8 @@ Logits of a whole window are the largest tensor of an evaluation: 2048 positions
 are 1 GiB in float32. So the decoder runs once over the window, its hidden states are kept (they are small), and
 the head is applied to a slice of positions whenever one is asked for.
 
-Where an architecture does something to the logits after the head, a reader falls back to the model's own complete
-logits (onebit_core.model.head), which costs memory but is always right.
+Where an architecture does something to the logits that cannot be done to a slice of them (onebit_core.model.head), a
+reader falls back to the model's own complete logits, which costs memory but is always right.
 
 Shape suffixes: B = sequences, T = positions, V = vocabulary, H = hidden size, N = chosen positions.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from onebit_core.model.head import plain_head
+from onebit_core.model.head import find_head
 
 
 class LogitsReader:
@@ -28,12 +28,12 @@ class LogitsReader:
             probe_T: int64 token ids to try it on.
         """
         self._model = model
-        self._head = plain_head(model, probe_T)
+        self._head = find_head(model, probe_T)
         self._states_TH: Tensor = torch.empty(0)
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether a window's logits are kept whole, because the model's head does more than one product."""
+        """Whether a window's logits are kept whole, because the model has no head that can be applied to a slice."""
         return self._head is None
 
     @torch.inference_mode()

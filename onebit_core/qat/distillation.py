@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onebit_core.model.blocks import blocks_of, layout_of
-from onebit_core.model.head import plain_head
+from onebit_core.model.head import Head, find_head
 from onebit_core.model.stand_ins import watched
-from onebit_core.qat.losses import Head, hidden_loss, logit_loss
+from onebit_core.qat.losses import hidden_loss, logit_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class Runner:
     def __init__(self, model: PreTrainedModel, probe_T: Tensor, *, recompute: bool = False) -> None:
         self.model, self.recompute = model, recompute
         self.blocks: nn.ModuleList = blocks_of(model, layout_of(type(model).__name__))
-        self._head = plain_head(model, probe_T)
+        self._head = find_head(model, probe_T)
 
     @property
     def head(self) -> Head:
-        """States to logits; where a model does more than one product, `states` are logits already."""
+        """States to logits; where a model has no head of its own, `states` are logits already."""
         return (lambda states: states) if self._head is None else self._head
 
     def __call__(self, ids_BT: Tensor) -> tuple[Tensor, list[Tensor]]:

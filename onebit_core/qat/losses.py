@@ -18,13 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onebit_core.model.head import summed_divergence
+from onebit_core.model.head import Head, summed_divergence
 
 POSITIONS_AT_ONCE = 512
 """So many positions' logits are in memory together: of 128,000 words, and in float32, 256 MiB."""
-
-Head = Callable[[Tensor], Tensor]
-"""Hidden states [N, D] to logits [N, V]."""
 
 SummedLoss = Callable[[Tensor, slice], Tensor]
 """(states of a slice of positions, which slice) to the sum of their losses."""

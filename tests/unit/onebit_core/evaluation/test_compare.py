@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Gemma2ForCausalLM, GraniteConfig
 
 from onebit_core.errors import Cancelled, EvaluationError
 from onebit_core.evaluation.compare import evaluate_models
@@ -110,24 +110,58 @@ def test_hidden_states_and_head_give_the_models_logits(tmp_path: Path, architect
         torch.testing.assert_close(read_TV, model(tokens_T[None]).logits[0])
 
 
-def test_capped_logits_are_read_as_the_model_makes_them() -> None:
-    """Gemma 2 caps its logits after the head; hidden states and head alone would miss that."""
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=0.5),
+        GraniteConfig(**SIZES, logits_scaling=7.0),
+        CohereConfig(**SIZES, logit_scale=0.1),
+    ],
+    ids=["capped", "divided", "multiplied"],
+)
+def test_what_a_model_does_to_its_logits_is_done_to_a_slice_of_them(config: Any) -> None:
+    """Hidden states and head alone would miss it; a window's logits need not be whole for it."""
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        final_logit_softcapping=0.5,
-    )
-    model = Gemma2ForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     tokens_T = torch.arange(20)
     reader = LogitsReader(model, tokens_T)
     reader.start(tokens_T)
 
+    assert not reader.keeps_logits
+    with torch.inference_mode():
+        read_TV = torch.cat([reader.read(0, 13), reader.read(13, 20)])
+        torch.testing.assert_close(read_TV, model(tokens_T[None]).logits[0])
+        plain_TV = model.get_output_embeddings()(model.base_model(tokens_T[None])[0][0])
+        assert not torch.allclose(read_TV, plain_TV)
+
+
+class Shifted(Gemma2ForCausalLM):
+    """Adds to logits what it makes of the text itself, which no slice of states tells."""
+
+    def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        output = super().forward(input_ids=input_ids, **given)
+        output.logits = output.logits + input_ids[..., None]
+        return output
+
+
+def test_logits_of_more_than_states_are_kept_whole() -> None:
+    torch.manual_seed(0)
+    model = Shifted(Gemma2Config(**SIZES, head_dim=16)).eval()
+    tokens_T = torch.arange(20)
+    reader = LogitsReader(model, tokens_T)
+    reader.start(tokens_T)
+
+    assert reader.keeps_logits
     with torch.inference_mode():
         torch.testing.assert_close(reader.read(0, 20), model(tokens_T[None]).logits[0])
 
