@@ -6,6 +6,7 @@ multiplies, and how long the method takes for one weight of each shape. Count a 
 machine.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from onebit_core.calibration.sampling import share_samples
+from onebit_core.calibration.self_written import STAGE, WINDOWS_AT_ONCE
+from onebit_core.calibration.sources import SELF
 from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.errors import ConfigError
 from onebit_core.kernels import resolve_device
@@ -25,6 +29,7 @@ from onebit_core.model.blocks import linear_names, linear_of, steps_of
 from onebit_core.model.experts import experts_in
 from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.allocation import MOST_SAMPLES, MOST_TOKENS, average_bits, ladder_of
+from onebit_core.pipeline.calibrate import writing_dtype
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.memory import MemoryPlan, linear_shapes
 from onebit_core.pipeline.plan import Plan
@@ -40,6 +45,18 @@ BESIDE_PRODUCTS = 1.5
 
 BACKWARD = 2.0
 """A backward pass, in forward passes."""
+
+MOVED_BYTES = 1 << 26
+"""Copied to measure how fast memory is; more than a cache holds."""
+
+CACHE_PASSES = 3
+"""Reads and writes of a window's keys and values for each token it gets: a copy with the token behind, and a read."""
+
+HEAD_PASSES = 2
+"""The same of what attention heads that share them see: written out for every head, and read."""
+
+CHOOSING_BYTES = 120
+"""Read and written of a word while one is drawn: softmax and running sum in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +144,7 @@ def _seconds(
     settings = config.method_settings()
     deciding = {shape: _time_method(plan.method, settings, shape, device) for shape in shapes}
     decide = sum(deciding[shape] * count for shape, count in shapes.items()) * (2 if config.rotation == "auto" else 1)
-    seconds: dict[str, float] = {}
+    seconds = _writing(original, config, device)
     if config.bits is not None:
         rungs = ladder_of(config, shapes)
         trials = [_time_method(plan.method, rung.trial, max(shapes, key=_size), device) for rung in rungs]
@@ -143,6 +160,39 @@ def _seconds(
         seconds["spread"] += (2 + BACKWARD) * share * one_pass
     stages = _stages(original, config, one_pass, decide, 2 * tokens / rate) if plan.calibrated else {"quantize": decide}
     return {**seconds, **stages, **_training(original, config, one_pass / tokens, 2 / rate)}
+
+
+def _writing(original: OriginalModel, config: QuantizeConfig, device: str) -> dict[str, float]:
+    """Return the duration of letting the original write text: products of few rows, and memory that is moved.
+
+    A step adds a token to every window of a batch: it copies their caches, whose mean length is half a window, and
+    attention reads them; choosing passes over float64 probabilities.
+    """
+    asked = []
+    calibration, training = config.calibration, config.training
+    if config.is_calibrated:
+        asked.append((calibration.text, calibration.weights, config.sample_counts[0], calibration.tokens))
+    if training.enabled:
+        texts = (training.text, training.weights) if training.text else (calibration.text, calibration.weights)
+        asked.append((*texts, training.sample_counts[0], training.tokens or calibration.tokens))
+    asked = [each for each in asked if SELF in each[0]]
+    if not asked:
+        return {}
+    text = original.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    passes = CACHE_PASSES + HEAD_PASSES * text.num_attention_heads / heads
+    a_token = 2 * len(original.blocks) * heads * width * writing_dtype(device).itemsize
+    rate = _products_a_second(text.hidden_size, WINDOWS_AT_ONCE, device)
+    multiplied = 2 * (_weights_a_token(original) + text.vocab_size * text.hidden_size) / rate
+    bandwidth = _bytes_a_second(device)
+    seconds = 0.0
+    for sources, weights, samples, tokens in asked:
+        windows = share_samples(sources, samples, weights)[sources.index(SELF)]
+        moved = passes * a_token * tokens / 2 + CHOOSING_BYTES * text.vocab_size
+        steps = math.ceil(windows / WINDOWS_AT_ONCE) * tokens
+        seconds += steps * min(windows, WINDOWS_AT_ONCE) * (multiplied + moved / bandwidth)
+    return {STAGE: seconds}
 
 
 def _training(original: OriginalModel, config: QuantizeConfig, a_token: float, product: float) -> dict[str, float]:
@@ -230,6 +280,20 @@ def _products_a_second(hidden: int, tokens: int, device: str) -> float:
         _wait(device)
         done += 1
     return done * 2 * tokens * weight.numel() / (time.perf_counter() - started)
+
+
+def _bytes_a_second(device: str) -> float:
+    """Return how many bytes this device reads and writes, measured."""
+    source = torch.zeros(MOVED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    done = 0
+    _wait(device)
+    started = time.perf_counter()
+    while done < 2 or time.perf_counter() - started < PROBE_SECONDS:
+        target.copy_(source)
+        _wait(device)
+        done += 1
+    return done * 2 * MOVED_BYTES / (time.perf_counter() - started)
 
 
 def _wait(device: str) -> None:

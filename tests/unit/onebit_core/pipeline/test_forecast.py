@@ -76,6 +76,23 @@ def test_a_training_has_its_time_and_memory(tmp_path: Path) -> None:
     assert found(steps=0).memory.training == 0 < once.memory.training <= once.memory.peak_bytes
 
 
+def test_text_that_the_original_writes_has_its_time(tmp_path: Path) -> None:
+    """For calibration, for training, or for both; a text that is there costs none."""
+    model = save_tiny_model(tmp_path / "model")
+
+    def seconds(calibration: list[str], training: list[str], share: float = 1.0) -> dict[str, float]:
+        weights = [1.0, share][: len(training)]
+        asked = {"text": training, "weights": weights, "steps": 200, "tokens": 64}
+        drawn = {"text": calibration, "samples": 64, "tokens": 32}
+        return forecast_of(tiny_config(model, "gptq", training=asked, calibration=drawn)).seconds
+
+    text = "builtin:python"
+    assert "write text" not in seconds([text], [text])
+    both, first = seconds(["self:"], ["self:"]), seconds(["self:"], [text])
+    assert both["write text"] > 3 * first["write text"] > 0
+    assert 0 < seconds([text], [text, "self:"], share=0.25)["write text"] < both["write text"]
+
+
 def test_the_command_prints_a_plan_and_writes_nothing(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     before = sorted(tmp_path.rglob("*"))
