@@ -166,5 +166,6 @@ ROWS = (
     PB_LLM_LIGHT,
     *(_trained(start, written=WRITTEN) for start in (SVID_LIGHT, SVID_FULL)),
     *(_trained(SVID_LIGHT, suffix, **SHORT, **changed) for suffix, changed in ABLATIONS.items()),
-    *(_trained(start, written=WRITTEN) for start in (PB_LLM_LIGHT, LUT2_ROW_LIGHT)),
+    _trained(PB_LLM_LIGHT, written=WRITTEN),
+    _trained(LUT2_ROW_LIGHT),
 )
