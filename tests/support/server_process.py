@@ -46,7 +46,7 @@ class ServerProcess:
 
     def log(self) -> list[dict[str, Any]]:
         """The log lines so far; a line that is not JSON fails here."""
-        return [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        return [json.loads(line) for line in self._whole_lines()]
 
     def wait_for_url(self) -> None:
         """Wait until the log says where the server listens."""
@@ -77,8 +77,12 @@ class ServerProcess:
             self.process.wait()
             raise
 
+    def _whole_lines(self) -> list[str]:
+        """The lines of the log but one that is still being written."""
+        return self.log_file.read_text().rpartition("\n")[0].splitlines()
+
     def _listens(self) -> bool:
-        for line in self.log_file.read_text().splitlines():
+        for line in self._whole_lines():
             if '"listening"' in line:
                 self.url = json.loads(line)["url"]
         return bool(self.url)
