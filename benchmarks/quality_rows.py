@@ -69,6 +69,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
 SVID_LIGHT = Row(name="svid+light", method="svid", preset="light")
 SVID_FULL = Row(name="svid+full", method="svid", preset="full")
 PB_LLM_LIGHT = Row(name="pb_llm-10+light", method="pb_llm", settings={"ratio": 0.1}, preset="light")
+LUT2_LIGHT = Row(name="lut2+light", method="lut2", preset="light")
 LUT2_ROW_LIGHT = Row(name="lut2-row+light", method="lut2", settings={"group_size": 0}, preset="light")
 
 ROWS = (
@@ -148,7 +149,8 @@ ROWS = (
         for bits in (4, 3, 2)
         for preset in ("light", "full")
     ),
-    *(Row(name=f"lut2+{preset}", method="lut2", preset=preset) for preset in ("light", "full")),
+    LUT2_LIGHT,
+    Row(name="lut2+full", method="lut2", preset="full"),
     *(
         Row(name=f"nanoquant-{bits}b+{preset}", method="nanoquant", settings={"bits": float(bits)}, preset=preset)
         for bits in ("1", "1.5", "2")
@@ -167,5 +169,5 @@ ROWS = (
     *(_trained(start, written=WRITTEN) for start in (SVID_LIGHT, SVID_FULL)),
     *(_trained(SVID_LIGHT, suffix, **SHORT, **changed) for suffix, changed in ABLATIONS.items()),
     _trained(PB_LLM_LIGHT, written=WRITTEN),
-    _trained(LUT2_ROW_LIGHT),
+    *(_trained(start) for start in (LUT2_ROW_LIGHT, LUT2_LIGHT)),
 )

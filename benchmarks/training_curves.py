@@ -24,6 +24,7 @@ from onebit_core.evaluation.plots import learning_curves
 
 MARKER = "<!-- training -->"
 PAGE = ROOT / "docs" / "methods" / "onebit.md"
+CODED = ("rtn", "gptq", "omniquant", "lut2", "residual")  # methods whose weights are codes, not signs
 IMAGES = ROOT / "docs" / "images"
 
 
@@ -56,7 +57,7 @@ def lines_of(artifact: Path, device: str) -> list[dict[str, Any]]:
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of the page."""
-    heading = ["training", "tokens", "signs", "alpha", "seconds", "held-out KL before", "half way", "at the end"]
+    heading = ["training", "tokens", "signs or codes", "alpha", "seconds", "held-out KL before", "half way", "at the end"]
     rows = [heading, ["---"] * len(heading)]
     for name, curve in _by_row(lines).items():
         settings = json.loads(curve[0]["training"])
@@ -65,7 +66,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
             [
                 name,
                 f"{curve[-1]['tokens']:,.0f}",
-                _signs(settings),
+                _signs(curve[0]["method"], settings),
                 f"{settings['alpha']:g}",
                 f"{curve[-1]['seconds']:,.0f}",
                 *(f"{line['held_out_kl']:.3f}" for line in (curve[0], middle, curve[-1])),
@@ -74,8 +75,10 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-def _signs(settings: Mapping[str, Any]) -> str:
-    """Say how signs were trained."""
+def _signs(method: str, settings: Mapping[str, Any]) -> str:
+    """Say how signs were trained, or codes: these always by Adam on the numbers behind them."""
+    if method in CODED:
+        return f"adam {settings['latent_rate']:g}"
     if settings["sign_optimizer"] == "adam":
         return f"adam {settings['latent_rate']:g}, {settings['surrogate']}"
     return f"bop {settings['sign_rate']:g}" if settings["sign_rate"] else "stay"

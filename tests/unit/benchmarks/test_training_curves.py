@@ -1,5 +1,7 @@
 """Curves of trainings, from artifacts to a CSV, a table and a picture; and those that are committed belong together."""
 
+import json
+
 import pytest
 
 from benchmarks.quality_table import read_lines
@@ -28,6 +30,15 @@ def test_a_curve_has_a_line_for_every_look(trained):
     rows = table(lines).splitlines()
     assert len(rows) == 3
     assert f"{lines[0]['held_out_kl']:.3f} | {lines[1]['held_out_kl']:.3f} | {lines[-1]['held_out_kl']:.3f}" in rows[2]
+
+
+def test_the_table_says_how_signs_or_codes_were_trained(trained):
+    """Codes have no signs that Bop could turn: Adam trains them whatever `sign_optimizer` is."""
+    lines = lines_of(trained, "a machine")
+    signs, codes = (table([{**line, "method": method} for line in lines]) for method in ("svid", "lut2"))
+    settings = json.loads(lines[0]["training"])
+    assert f"| bop {settings['sign_rate']:g} |" in signs
+    assert f"| adam {settings['latent_rate']:g} |" in codes
 
 
 def test_an_untrained_artifact_has_no_curve(trained):
