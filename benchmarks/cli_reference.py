@@ -4,12 +4,15 @@ python -m benchmarks.cli_reference > docs/cli.md
 """
 
 import re
+from typing import Any
 
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from onebit_core.cli.main import app
 
-COMMANDS = ("", "quantize", "evaluate", "inspect", "methods", "write-text")
+group: Any = get_command(app)
+COMMANDS = ("", *group.commands)
 
 
 def render() -> str:

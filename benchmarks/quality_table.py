@@ -1,4 +1,4 @@
-"""What quality.py wrote: the lines of its CSV, the README's table of them, and that of each method's page.
+"""What quality.py wrote: the lines of its CSV, and tables of them: all rows, the README's best ones, each method's.
 
 python -m benchmarks.quality_table          # writes the newest file's tables behind the markers in README and docs
 """
@@ -12,6 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "<!-- quality -->"
+NOISE = 1000.0
+"""Times the original's perplexity, from which on a model says nothing."""
+
 NOTHING = "Not measured yet: `make quality`."
 
 
@@ -29,7 +32,7 @@ def _number(text: str) -> str | float:
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the README's table: one line an artifact, with perplexity, KL and top-1 of every text."""
+    """Return a table: one line an artifact, with perplexity, KL and top-1 of every text."""
     datasets = list(dict.fromkeys(line["dataset"] for line in lines))
     heading = ["method", "true bits (advertised)", "whole model"]
     for dataset in datasets:
@@ -60,6 +63,24 @@ def _cells(line: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def frontier(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the lines of the rows worth choosing, by bits, as the table shows them.
+
+    No other row has as few bits and as little perplexity on every text, and on no text is it mere noise.
+    """
+    costs: dict[str, tuple[float, ...]] = {}
+    for line in lines:
+        costs[line["row"]] = (*costs.get(line["row"], (round(line["true_bits_linear"], 2),)), line["ratio"])
+    costs = {row: cost for row, cost in costs.items() if max(cost[1:]) < NOISE}
+    best = [row for row, cost in costs.items() if not any(_beats(other, cost) for other in costs.values())]
+    return sorted((line for line in lines if line["row"] in best), key=lambda line: costs[line["row"]])
+
+
+def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether a row is nowhere worse and somewhere better; a row without one of the texts is not compared."""
+    return one != other and len(one) == len(other) and all(mine <= its for mine, its in zip(one, other, strict=True))
+
+
 def newest_file() -> Path:
     """Return the newest committed measurement."""
     return max((ROOT / "benchmarks" / "results").glob("quality_*.csv"), key=lambda file: file.stem.rpartition("_")[2])
@@ -68,10 +89,12 @@ def newest_file() -> Path:
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield the pages that have a marker, each with the text it should have."""
     lines = read_lines(newest_file())
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))):
+    tables = {ROOT / "README.md": frontier(lines), ROOT / "docs" / "quality.md": lines}
+    for page in (ROOT / "docs" / "methods").glob("*.md"):
+        tables[page] = [line for line in lines if line["method"] == page.stem]
+    for page, of_page in tables.items():
         text = page.read_text(encoding="utf-8")
         if MARKER in text:
-            of_page = lines if page.name == "README.md" else [line for line in lines if line["method"] == page.stem]
             yield page, with_table(text, markdown(of_page) if of_page else NOTHING)
 
 

@@ -57,7 +57,7 @@ def lines_of(artifact: Path, device: str) -> list[dict[str, Any]]:
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of the page."""
-    heading = ["training", "tokens", "signs or codes", "alpha", "seconds", "held-out KL before", "half way", "at the end"]
+    heading = ["training", "tokens", "signs or codes", "alpha", "seconds", "held-out KL before", "half way", "at end"]
     rows = [heading, ["---"] * len(heading)]
     for name, curve in _by_row(lines).items():
         settings = json.loads(curve[0]["training"])

@@ -35,6 +35,7 @@ from onebit_core.model.loading import build_skeleton, read_tokenizer
 __all__ = [
     "LoadedModel",
     "check_tensors",
+    "empty_model",
     "load_model",
     "read_manifest",
     "read_report",
@@ -145,8 +146,13 @@ def check_tensors(folder: Path) -> None:
             raise CorruptArtifact(f"{weights}: tensor {name!r} is {dtype} {list(shape)}, expected {wanted}")
 
 
-def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | None]]:
-    """Return name to (shape, dtype on disk; None where any floating dtype will do)."""
+def empty_model(folder: Path) -> PreTrainedModel:
+    """Return the model that an artifact describes, with packed layers that take no memory and have no values.
+
+    Raises:
+        ArtifactError: its configuration is not an artifact's, or of a newer version.
+        NotEnoughMemory: see build_skeleton.
+    """
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -163,6 +169,12 @@ def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | No
         raise
     except Exception as error:
         raise CorruptArtifact(f"{folder}: config.json: {first_line(error)}") from error
+    return model
+
+
+def _expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str | None]]:
+    """Return name to (shape, dtype on disk; None where any floating dtype will do)."""
+    model = empty_model(folder)
     tied = set(model.all_tied_weights_keys)
     parameters = dict(model.named_parameters())
     return {

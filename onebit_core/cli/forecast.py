@@ -1,8 +1,9 @@
-"""How `onebit quantize --plan` shows a forecast: bits, bytes, memory by item, time by stage."""
+"""How `--plan` shows a forecast: bits, bytes, memory by item, time by stage."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from onebit_core.cli.tables import table
 
 if TYPE_CHECKING:  # importing it needs torch
     from onebit_core.pipeline.forecast import Forecast
+    from onebit_core.pipeline.training_forecast import TrainingForecast
 
 MIB = 2**20
 
@@ -33,8 +35,19 @@ def print_forecast(console: Console, found: Forecast) -> None:
     if memory.on_device:
         peaks.append(("at most at once, on the GPU", f"{memory.device_bytes / MIB:,.0f} MiB"))
     console.print(table(f"Memory ({place}), beside the interpreter", ("for",), ("size",), [*items, *peaks]))
-    stages = [(stage, duration(seconds)) for stage, seconds in found.seconds.items()]
-    stages.append(("in all", duration(sum(found.seconds.values()))))
+    _print_time(console, found.seconds)
+
+
+def print_training_forecast(console: Console, found: TrainingForecast) -> None:
+    """Print what a training will take as two small tables."""
+    sizes = [("training", f"{found.memory_bytes / MIB:,.0f} MiB"), ("free now", f"{found.free_bytes / MIB:,.0f} MiB")]
+    console.print(table("Memory, beside the interpreter", ("for",), ("size",), sizes))
+    _print_time(console, found.seconds)
+
+
+def _print_time(console: Console, seconds: Mapping[str, float]) -> None:
+    stages = [(stage, duration(each)) for stage, each in seconds.items()]
+    stages.append(("in all", duration(sum(seconds.values()))))
     console.print(table("Time on this machine, roughly", ("stage",), ("estimate",), stages))
     console.print("Nothing was written. Without --plan this begins.", highlight=False)
 

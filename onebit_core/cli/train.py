@@ -1,5 +1,6 @@
 """onebit train: a finished artifact learns from its original, at the same bits."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,15 +8,16 @@ import typer
 from rich.console import Console
 
 from onebit_core.artifact.identity import read_manifest
+from onebit_core.cli.forecast import print_training_forecast
 from onebit_core.cli.output import ProgressMode, print_event, progress_watch
 from onebit_core.cli.quantize import parse_settings
+from onebit_core.errors import ConfigError
 
 USUAL_STEPS = 500
 
 
 def train(
     artifact: Annotated[Path, typer.Argument(help="Folder of the compressed model to start from.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     text: Annotated[
         list[str],
         typer.Option(
@@ -24,6 +26,7 @@ def train(
             "repeat to mix.",
         ),
     ],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
     weight: Annotated[
         list[float] | None, typer.Option(metavar="W", help="Share of each --text, in order. Default: equal shares.")
     ] = None,
@@ -44,11 +47,14 @@ def train(
     work_dir: Annotated[
         Path | None, typer.Option(help="Keep checkpoints here; a run with the same one continues.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it will take - memory, time - and do nothing.")
+    ] = False,
     progress: Annotated[ProgressMode, typer.Option(help="How to show progress.")] = "auto",
 ) -> None:
     """Train all layers of ARTIFACT together until it says what its original says; bits stay as they are.
 
-    Example: onebit train ./SmolLM2-1bit --text news.txt --text self: --steps 1000 --out ./SmolLM2-1bit-trained
+    Example: onebit train ./SmolLM2-1bit --text news.txt --steps 200 --out ./SmolLM2-1bit-trained
     """
     given = {"batch": batch, "tokens": tokens, "weights": weight}
     training = {
@@ -58,7 +64,12 @@ def train(
         **parse_settings(settings or []),
     }
     values = {"artifact": str(artifact), "original": original, "training": training, "name": name, "device": device}
-    _run(values, out, work_dir, progress)
+    if plan:
+        _show_plan(values, as_json=progress == "json")
+    elif out is None:
+        raise ConfigError("--out is missing: name the folder to write")
+    else:
+        _run(values, out, work_dir, progress)
 
 
 def _run(values: dict[str, Any], out: Path, work_dir: Path | None, progress: ProgressMode) -> None:
@@ -83,3 +94,14 @@ def _run(values: dict[str, Any], out: Path, work_dir: Path | None, progress: Pro
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _show_plan(values: dict[str, Any], *, as_json: bool) -> None:
+    """Check a configuration and print what it would take."""
+    from onebit_core.pipeline.train_artifact import TrainArtifactConfig, forecast_training
+
+    found = forecast_training(TrainArtifactConfig.from_dict(values))
+    if as_json:
+        print_event("plan", **dataclasses.asdict(found))
+    else:
+        print_training_forecast(Console(), found)

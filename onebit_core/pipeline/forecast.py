@@ -6,7 +6,6 @@ multiplies, and how long the method takes for one weight of each shape. Count a 
 machine.
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,9 +15,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from onebit_core.calibration.sampling import share_samples
-from onebit_core.calibration.self_written import STAGE, WINDOWS_AT_ONCE
-from onebit_core.calibration.sources import SELF
 from onebit_core.calibration.statistics import InputStatistics
 from onebit_core.errors import ConfigError
 from onebit_core.kernels import resolve_device
@@ -26,37 +22,25 @@ from onebit_core.layers import EMBEDDINGS, build_layer
 from onebit_core.layers.embedding import table_spec
 from onebit_core.methods.base import Method
 from onebit_core.model.blocks import linear_names, linear_of, steps_of
-from onebit_core.model.experts import experts_in
 from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.allocation import MOST_SAMPLES, MOST_TOKENS, average_bits, ladder_of
-from onebit_core.pipeline.calibrate import writing_dtype
 from onebit_core.pipeline.config import QuantizeConfig
 from onebit_core.pipeline.memory import MemoryPlan, linear_shapes
 from onebit_core.pipeline.plan import Plan
+from onebit_core.pipeline.speed import products_a_second, wait
+from onebit_core.pipeline.training_forecast import (
+    BACKWARD,
+    BESIDE_PRODUCTS,
+    Wanted,
+    training_seconds,
+    weights_a_token,
+    writing_seconds,
+)
 from onebit_core.reconstruction.block import LOSS_SAMPLES
 from onebit_core.reconstruction.config import DISTILL_SAMPLES
 
-PROBE_SECONDS = 0.3
 LARGEST_PROBE = 1 << 22
 """Weights of the largest matrix that a method is timed on; larger ones are reckoned up from a part of them."""
-
-BESIDE_PRODUCTS = 1.5
-"""How much longer passes take than their matrix products alone: attention, norms, elementwise work of training."""
-
-BACKWARD = 2.0
-"""A backward pass, in forward passes."""
-
-MOVED_BYTES = 1 << 26
-"""Copied to measure how fast memory is; more than a cache holds."""
-
-CACHE_PASSES = 3
-"""Reads and writes of a window's keys and values for each token it gets: a copy with the token behind, and a read."""
-
-HEAD_PASSES = 2
-"""The same of what attention heads that share them see: written out for every head, and read."""
-
-CHOOSING_BYTES = 120
-"""Read and written of a word while one is drawn: softmax and running sum in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,76 +128,34 @@ def _seconds(
     settings = config.method_settings()
     deciding = {shape: _time_method(plan.method, settings, shape, device) for shape in shapes}
     decide = sum(deciding[shape] * count for shape, count in shapes.items()) * (2 if config.rotation == "auto" else 1)
-    seconds = _writing(original, config, device)
+    seconds = writing_seconds(original, _written(config), device)
     if config.bits is not None:
         rungs = ladder_of(config, shapes)
         trials = [_time_method(plan.method, rung.trial, max(shapes, key=_size), device) for rung in rungs]
         largest = deciding[max(shapes, key=_size)]
         seconds["spread"] = decide * sum(trials) / largest
-    if not plan.calibrated and not config.training.enabled:
-        return {**seconds, "quantize": decide}
-    rate = _products_a_second(original.config.get_text_config().hidden_size, config.calibration.tokens, device)
+    training = training_seconds(original, config.training, config.calibration.tokens, device)
+    if not plan.calibrated:
+        return {**seconds, "quantize": decide, **training}
+    rate = products_a_second(original.config.get_text_config().hidden_size, config.calibration.tokens, device)
     tokens = config.sample_counts[0] * config.calibration.tokens
-    one_pass = BESIDE_PRODUCTS * 2 * tokens * _weights_a_token(original) / rate
+    one_pass = BESIDE_PRODUCTS * 2 * tokens * weights_a_token(original) / rate
     if config.bits is not None:
         share = min(MOST_SAMPLES * MOST_TOKENS / tokens, 1.0)
         seconds["spread"] += (2 + BACKWARD) * share * one_pass
-    stages = _stages(original, config, one_pass, decide, 2 * tokens / rate) if plan.calibrated else {"quantize": decide}
-    return {**seconds, **stages, **_training(original, config, one_pass / tokens, 2 / rate)}
+    return {**seconds, **_stages(original, config, one_pass, decide, 2 * tokens / rate), **training}
 
 
-def _writing(original: OriginalModel, config: QuantizeConfig, device: str) -> dict[str, float]:
-    """Return the duration of letting the original write text: products of few rows, and memory that is moved.
-
-    A step adds a token to every window of a batch: it copies their caches, whose mean length is half a window, and
-    attention reads them; choosing passes over float64 probabilities.
-    """
-    asked = []
+def _written(config: QuantizeConfig) -> list[Wanted]:
+    """Return the windows that are drawn, for calibration and for training."""
     calibration, training = config.calibration, config.training
+    wanted = []
     if config.is_calibrated:
-        asked.append((calibration.text, calibration.weights, config.sample_counts[0], calibration.tokens))
+        wanted.append(Wanted(calibration.text, calibration.weights, config.sample_counts[0], calibration.tokens))
     if training.enabled:
         texts = (training.text, training.weights) if training.text else (calibration.text, calibration.weights)
-        asked.append((*texts, training.sample_counts[0], training.tokens or calibration.tokens))
-    asked = [each for each in asked if SELF in each[0]]
-    if not asked:
-        return {}
-    text = original.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    passes = CACHE_PASSES + HEAD_PASSES * text.num_attention_heads / heads
-    a_token = 2 * len(original.blocks) * heads * width * writing_dtype(device).itemsize
-    rate = _products_a_second(text.hidden_size, WINDOWS_AT_ONCE, device)
-    multiplied = 2 * (_weights_a_token(original) + text.vocab_size * text.hidden_size) / rate
-    bandwidth = _bytes_a_second(device)
-    seconds = 0.0
-    for sources, weights, samples, tokens in asked:
-        windows = share_samples(sources, samples, weights)[sources.index(SELF)]
-        moved = passes * a_token * tokens / 2 + CHOOSING_BYTES * text.vocab_size
-        steps = math.ceil(windows / WINDOWS_AT_ONCE) * tokens
-        seconds += steps * min(windows, WINDOWS_AT_ONCE) * (multiplied + moved / bandwidth)
-    return {STAGE: seconds}
-
-
-def _training(original: OriginalModel, config: QuantizeConfig, a_token: float, product: float) -> dict[str, float]:
-    """Return the duration of training all layers together, products in float32.
-
-    Args:
-        original: the model.
-        config: what will be done.
-        a_token: seconds of a forward pass of a token through all blocks.
-        product: seconds that a token takes for one weight of a matrix product.
-    """
-    training = config.training
-    if not training.enabled:
-        return {}
-    text = original.config.get_text_config()
-    head = product * text.vocab_size * text.hidden_size
-    tokens = training.tokens or config.calibration.tokens
-    passes = 2 + BACKWARD + (1 if training.recompute else 0)  # the original's, and the student's forward and backward
-    learned = training.steps * training.batch * tokens * (passes * a_token + (2 + BACKWARD / 2) * head)
-    looks = 1 + training.steps // training.evaluate_every
-    return {"train": learned + looks * training.held_out * tokens * 2 * (a_token + head)}
+        wanted.append(Wanted(*texts, training.sample_counts[0], training.tokens or calibration.tokens))
+    return wanted
 
 
 def _stages(
@@ -252,53 +194,8 @@ def _stages(
     return seconds
 
 
-def _weights_a_token(original: OriginalModel) -> float:
-    """Return how many weights of the blocks a token is multiplied by: of a mixture, those of the experts it sees."""
-    text = original.config.get_text_config()
-    total = 0.0
-    for block in original.blocks:
-        mixture = experts_in(block)
-        share = 1.0 if mixture is None else text.num_experts_per_tok / len(mixture[1])
-        for name in linear_names(block, original.layout):
-            inside = mixture is not None and name.startswith(f"{mixture[0]}.")
-            total += linear_of(block, name).weight.numel() * (share if inside else 1.0)
-    return total
-
-
 def _size(shape: tuple[int, int]) -> int:
     return shape[0] * shape[1]
-
-
-def _products_a_second(hidden: int, tokens: int, device: str) -> float:
-    """Return how many multiplications and additions of float32 products this device does, measured."""
-    x, weight = torch.randn(tokens, hidden, device=device), torch.randn(4 * hidden, hidden, device=device)
-    done = 0
-    _wait(device)
-    started = time.perf_counter()
-    while done < 2 or time.perf_counter() - started < PROBE_SECONDS:
-        torch.nn.functional.linear(x, weight)
-        _wait(device)
-        done += 1
-    return done * 2 * tokens * weight.numel() / (time.perf_counter() - started)
-
-
-def _bytes_a_second(device: str) -> float:
-    """Return how many bytes this device reads and writes, measured."""
-    source = torch.zeros(MOVED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    done = 0
-    _wait(device)
-    started = time.perf_counter()
-    while done < 2 or time.perf_counter() - started < PROBE_SECONDS:
-        target.copy_(source)
-        _wait(device)
-        done += 1
-    return done * 2 * MOVED_BYTES / (time.perf_counter() - started)
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def _time_method(method: Method, settings: object, shape: tuple[int, int], device: str) -> float:
@@ -317,8 +214,8 @@ def _time_method(method: Method, settings: object, shape: tuple[int, int], devic
     weight_OI = torch.randn(rows, columns, generator=draw).to(device)
     inputs_TI = torch.randn(columns + 32, columns, generator=draw).to(device)
     statistics = InputStatistics(hessian_II=inputs_TI.T @ inputs_TI / len(inputs_TI), num_tokens=len(inputs_TI))
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     method.quantize(weight_OI, statistics, settings)
-    _wait(device)
+    wait(device)
     return scale * (time.perf_counter() - started)

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from onebit_core.artifact.manifest import Manifest, Report
-from onebit_core.artifact.reader import load_model, read_manifest, read_report
+from onebit_core.artifact.reader import empty_model, load_model, read_manifest, read_report
 from onebit_core.artifact.writer import ArtifactDraft, current_versions, refuse_existing, write_artifact
 from onebit_core.calibration.sampling import CalibrationTokens
 from onebit_core.config import StrictConfig
 from onebit_core.errors import ConfigError
 from onebit_core.evaluation.run import find_original
 from onebit_core.kernels import resolve_device
-from onebit_core.layers import QuantizedLinear, quantized_layers
+from onebit_core.layers import LayerSpec, QuantizedLinear, quantized_layers
 from onebit_core.model.loading import OriginalModel, open_original
 from onebit_core.model.replace import replace_module
+from onebit_core.pipeline.calibrate import check_context
 from onebit_core.pipeline.config import CalibrationConfig
 from onebit_core.pipeline.training import TrainingPlace, train_layers, training_tokens
-from onebit_core.pipeline.training_memory import check_training_memory
+from onebit_core.pipeline.training_forecast import TrainingForecast, Wanted, training_seconds, writing_seconds
+from onebit_core.pipeline.training_memory import check_training_memory, free_bytes
 from onebit_core.progress import Watch
 from onebit_core.qat import TrainingConfig, World
 
@@ -68,25 +70,20 @@ def train_artifact(config: TrainArtifactConfig, out: Path, *, watch: Watch = QUI
     started = time.monotonic()
     refuse_existing(out)
     watch.report("load", 0, 1, model=config.artifact)
-    manifest, report = read_manifest(config.artifact), read_report(config.artifact)
-    original = open_original(find_original(config.original, manifest.source))
-    if config.original is not None and original.store.sha256() != manifest.source.sha256:
-        raise ConfigError(
-            f"{original.name}: its weights are not those that {config.artifact} was made from; "
-            f"name with --original the model that it was made from ({manifest.source.model})"
-        )
+    start = _open_start(config)
+    manifest, report, original = start.manifest, read_report(config.artifact), start.original
     world = World()
     device = world.device(resolve_device(config.device))
+    usual = CalibrationConfig()
+    processes = (world.size, world.on_this_machine())
+    check_training_memory(original, config.training, usual.tokens, start.sizes, device, processes)
 
     def draw() -> CalibrationTokens | None:
-        return training_tokens(original, config.training, CalibrationConfig(), device=device, work=work, watch=watch)
+        return training_tokens(original, config.training, usual, device=device, work=work, watch=watch)
 
     tokens = world.from_first(draw)
     assert tokens is not None
     layers, embedding_bits = _put_layers(original, config.artifact)
-    sizes = [(layer.in_features * layer.out_features, layer.spec) for layer in layers.values()]
-    processes = (world.size, world.on_this_machine())
-    check_training_memory(original, config.training, CalibrationConfig().tokens, sizes, device, processes)
     watch.report("load", 1, 1, model=config.artifact)
     run = {"artifact": manifest.sha256, "version": current_versions()["onebit"]}
     place = TrainingPlace(device=device, watch=watch, work=work, run=run)
@@ -101,6 +98,54 @@ def train_artifact(config: TrainArtifactConfig, out: Path, *, watch: Watch = QUI
     write_artifact(original, _draft(manifest, config, trained, (layers, embedding_bits), fresh), out)
     watch.tell("write", 1, 1, artifact=str(out))  # the artifact is there: too late to cancel
     return out
+
+
+def forecast_training(config: TrainArtifactConfig) -> TrainingForecast:
+    """Say what a training of one process will take; writes nothing, and runs for a second or two.
+
+    Raises:
+        OnebitError: as train_artifact does before it begins.
+    """
+    start, usual = _open_start(config), CalibrationConfig()
+    training, device = config.training, resolve_device(config.device)
+    needed = check_training_memory(start.original, training, usual.tokens, start.sizes, device)
+    tokens = training.tokens or usual.tokens
+    check_context(start.original, tokens)
+    wanted = Wanted(training.text, training.weights, training.sample_counts[0], tokens)
+    writing = writing_seconds(start.original, [wanted], device)
+    return TrainingForecast(
+        memory_bytes=needed,
+        free_bytes=free_bytes(device),
+        seconds={**writing, **training_seconds(start.original, training, tokens, device)},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What a training starts from, before weights are read."""
+
+    manifest: Manifest
+    original: OriginalModel
+    sizes: list[tuple[int, LayerSpec]]
+
+
+def _open_start(config: TrainArtifactConfig) -> _Start:
+    """Open an artifact and what it was made from.
+
+    Raises:
+        OnebitError: one of them is not there, or they do not belong together.
+    """
+    manifest = read_manifest(config.artifact)
+    original = open_original(find_original(config.original, manifest.source))
+    if config.original is not None and original.store.sha256() != manifest.source.sha256:
+        raise ConfigError(
+            f"{original.name}: its weights are not those that {config.artifact} was made from; "
+            f"name with --original the model that it was made from ({manifest.source.model})"
+        )
+    prefix = f"{original.layout.blocks}."
+    layers = [layer for name, layer in quantized_layers(empty_model(Path(config.artifact))) if name.startswith(prefix)]
+    sizes = [(layer.in_features * layer.out_features, layer.spec) for layer in layers]
+    return _Start(manifest=manifest, original=original, sizes=sizes)
 
 
 def _put_layers(original: OriginalModel, artifact: str) -> tuple[dict[str, QuantizedLinear], int]:

@@ -82,7 +82,7 @@ def check_training_memory(
     layers: Layers,
     device: str,
     processes: tuple[int, int] = (1, 1),
-) -> None:
+) -> int:
     """Refuse a training that does not fit.
 
     Args:
@@ -94,17 +94,27 @@ def check_training_memory(
         processes: that train together, on all machines and on this one, whose memory they share if they share the
             device.
 
+    Returns:
+        What it takes in each process, in bytes.
+
     Raises:
         NotEnoughMemory: with what would take less.
     """
     everywhere, here = processes
     needed = training_bytes(original, config, tokens, layers, everywhere if config.shard else 1)
-    free = psutil.virtual_memory().available // here if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = free_bytes(device) // (here if device == "cpu" else 1)
     if needed > free:
         raise NotEnoughMemory(
             f"{original.name}: a training needs about {needed / 2**30:.1f} GiB more on {device}, and "
             f"{free / 2**30:.1f} GiB are free; use {training_remedy(config, everywhere)}, or a larger machine"
         )
+    return needed
+
+
+def free_bytes(device: str) -> int:
+    """Return what a device has free now."""
+    free: int = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
+    return free
 
 
 def training_remedy(config: TrainingConfig, processes: int = 1) -> str:

@@ -71,6 +71,9 @@ class TrainingBody(StrictBody):
     batch: int | None = Field(default=None, ge=1, le=65536, description="Windows per step.")
     windows_at_once: int | None = Field(default=None, ge=1, le=65536, description="Windows in memory together.")
     recompute: bool | None = Field(default=None, description="Run blocks twice, to need less memory.")
+    teacher: Literal["original", "int8"] | None = Field(
+        default=None, description="The original as it is, or its linears in a byte a weight, where memory is short."
+    )
     alpha: float | None = Field(default=None, ge=0, le=1e6, description="Weight of the hidden states' loss.")
     sign_optimizer: Literal["bop", "adam"] | None = None
     sign_rate: float | None = Field(default=None, ge=0, le=1, description="Share of signs that bop turns in a step.")

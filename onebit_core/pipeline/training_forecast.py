@@ -1,0 +1,127 @@
+"""What a training of all layers, and the text that the original writes for one, will take: memory and time.
+
+Memory is counted (pipeline.training_memory). Time is an estimate from how fast this device multiplies and moves bytes,
+measured here and now: count a third more or less, and more on a busy machine.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from onebit_core.calibration.sampling import share_samples
+from onebit_core.calibration.self_written import STAGE, WINDOWS_AT_ONCE
+from onebit_core.calibration.sources import SELF
+from onebit_core.evaluation.run import choose_dtype
+from onebit_core.model.blocks import linear_names, linear_of
+from onebit_core.model.experts import experts_in
+from onebit_core.model.loading import OriginalModel
+from onebit_core.pipeline.calibrate import writing_dtype
+from onebit_core.pipeline.speed import bytes_a_second, products_a_second
+from onebit_core.qat import TrainingConfig
+
+BESIDE_PRODUCTS = 1.5
+"""How much longer passes take than their matrix products alone: attention, norms, elementwise work of training."""
+
+BACKWARD = 2.0
+"""A backward pass, in forward passes."""
+
+CACHE_PASSES = 3
+"""Reads and writes of a window's keys and values for each token it gets: a copy with the token behind, and a read."""
+
+HEAD_PASSES = 2
+"""The same of what attention heads that share them see: written out for every head, and read."""
+
+CHOOSING_BYTES = 120
+"""Read and written of a word while one is drawn: softmax and running sum in float64."""
+
+
+class Wanted(NamedTuple):
+    """Windows of text that will be drawn."""
+
+    sources: tuple[str, ...]
+    weights: tuple[float, ...]
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingForecast:
+    """What a training will take.
+
+    Attributes:
+        memory_bytes: beside the interpreter with its libraries, at most at once.
+        free_bytes: what the device has free now.
+        seconds: stage to its estimated duration.
+    """
+
+    memory_bytes: int
+    free_bytes: int
+    seconds: dict[str, float]
+
+
+def writing_seconds(original: OriginalModel, wanted: Iterable[Wanted], device: str) -> dict[str, float]:
+    """Return the duration of letting the original write text: products of few rows, and memory that is moved.
+
+    A step adds a token to every window of a batch: it copies their caches, whose mean length is half a window, and
+    attention reads them; choosing passes over float64 probabilities.
+
+    Returns:
+        The stage with its seconds; nothing where no text is asked of the original.
+    """
+    asked = [each for each in wanted if SELF in each.sources]
+    if not asked:
+        return {}
+    text = original.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    passes = CACHE_PASSES + HEAD_PASSES * text.num_attention_heads / heads
+    a_token = 2 * len(original.blocks) * heads * width * writing_dtype(device).itemsize
+    rate = products_a_second(text.hidden_size, WINDOWS_AT_ONCE, device)
+    multiplied = 2 * (weights_a_token(original) + text.vocab_size * text.hidden_size) / rate
+    bandwidth = bytes_a_second(device)
+    seconds = 0.0
+    for sources, weights, samples, tokens in asked:
+        windows = share_samples(sources, samples, weights)[sources.index(SELF)]
+        moved = passes * a_token * tokens / 2 + CHOOSING_BYTES * text.vocab_size
+        steps = math.ceil(windows / WINDOWS_AT_ONCE) * tokens
+        seconds += steps * min(windows, WINDOWS_AT_ONCE) * (multiplied + moved / bandwidth)
+    return {STAGE: seconds}
+
+
+def training_seconds(original: OriginalModel, config: TrainingConfig, tokens: int, device: str) -> dict[str, float]:
+    """Return the duration of training all layers together.
+
+    Args:
+        original: the model.
+        config: how it is trained.
+        tokens: per window, where `config` does not say.
+        device: where.
+
+    Returns:
+        The stage with its seconds; nothing where nothing is trained.
+    """
+    if not config.enabled:
+        return {}
+    text = original.config.get_text_config()
+    tokens = config.tokens or tokens
+    rate = products_a_second(text.hidden_size, tokens, device, choose_dtype(config.dtype, device))
+    a_token = BESIDE_PRODUCTS * 2 * weights_a_token(original) / rate
+    head = 2 * text.vocab_size * text.hidden_size / rate
+    passes = 2 + BACKWARD + (1 if config.recompute else 0)  # the original's, and the student's forward and backward
+    learned = config.steps * config.batch * tokens * (passes * a_token + (2 + BACKWARD / 2) * head)
+    looks = 1 + config.steps // config.evaluate_every
+    return {"train": learned + looks * config.held_out * tokens * 2 * (a_token + head)}
+
+
+def weights_a_token(original: OriginalModel) -> float:
+    """Return how many weights of the blocks a token is multiplied by: of a mixture, those of the experts it sees."""
+    text = original.config.get_text_config()
+    total = 0.0
+    for block in original.blocks:
+        mixture = experts_in(block)
+        share = 1.0 if mixture is None else text.num_experts_per_tok / len(mixture[1])
+        for name in linear_names(block, original.layout):
+            inside = mixture is not None and name.startswith(f"{mixture[0]}.")
+            total += linear_of(block, name).weight.numel() * (share if inside else 1.0)
+    return total
