@@ -30,7 +30,6 @@ from onebit_core.pipeline.plan import Plan
 from onebit_core.pipeline.speed import products_a_second, wait
 from onebit_core.pipeline.training_forecast import (
     BACKWARD,
-    BESIDE_PRODUCTS,
     Wanted,
     training_seconds,
     weights_a_token,
@@ -41,6 +40,9 @@ from onebit_core.reconstruction.config import DISTILL_SAMPLES
 
 LARGEST_PROBE = 1 << 22
 """Weights of the largest matrix that a method is timed on; larger ones are reckoned up from a part of them."""
+
+BESIDE_PRODUCTS = 1.5
+"""How much longer passes take than their matrix products alone: attention, norms, elementwise work of a training."""
 
 
 @dataclass(frozen=True, kw_only=True)

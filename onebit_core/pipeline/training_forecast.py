@@ -17,11 +17,10 @@ from onebit_core.model.blocks import linear_names, linear_of
 from onebit_core.model.experts import experts_in
 from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.calibrate import writing_dtype
+from onebit_core.pipeline.memory import linear_shapes
 from onebit_core.pipeline.speed import bytes_a_second, products_a_second
+from onebit_core.pipeline.training_memory import FLOAT_BYTES, HIDDEN_STATES, WIDE_STATES
 from onebit_core.qat import TrainingConfig
-
-BESIDE_PRODUCTS = 1.5
-"""How much longer passes take than their matrix products alone: attention, norms, elementwise work of training."""
 
 BACKWARD = 2.0
 """A backward pass, in forward passes."""
@@ -34,6 +33,18 @@ HEAD_PASSES = 2
 
 CHOOSING_BYTES = 120
 """Read and written of a word while one is drawn: softmax and running sum in float64."""
+
+WEIGHT_BYTES = 550
+"""Read and written of a weight in a step, beside products: latent to weight and back, moments.
+
+Measured, like those below, on SmolLM2-135M on two cores (bfloat16, steps of 32 to 2,048 tokens), in bytes of a copy.
+"""
+
+STATE_PASSES = 27
+"""The same of every state of a token that a pass keeps, in float32: attention, norms, elementwise work, conversions."""
+
+LOGIT_BYTES = 500
+"""The same of a token's logit: two softmaxes, their divergence and its gradient."""
 
 
 class Wanted(NamedTuple):
@@ -106,12 +117,20 @@ def training_seconds(original: OriginalModel, config: TrainingConfig, tokens: in
     text = original.config.get_text_config()
     tokens = config.tokens or tokens
     rate = products_a_second(text.hidden_size, tokens, device, choose_dtype(config.dtype, device))
-    a_token = BESIDE_PRODUCTS * 2 * weights_a_token(original) / rate
+    bandwidth = bytes_a_second(device)
+    product = 2 * weights_a_token(original) / rate
     head = 2 * text.vocab_size * text.hidden_size / rate
-    passes = 2 + BACKWARD + (1 if config.recompute else 0)  # the original's, and the student's forward and backward
-    learned = config.steps * config.batch * tokens * (passes * a_token + (2 + BACKWARD / 2) * head)
-    looks = 1 + config.steps // config.evaluate_every
-    return {"train": learned + looks * config.held_out * tokens * 2 * (a_token + head)}
+    shapes = linear_shapes(original)
+    kept = HIDDEN_STATES * text.hidden_size + WIDE_STATES * max(map(max, shapes))
+    states = STATE_PASSES * FLOAT_BYTES * len(original.blocks) * kept / bandwidth
+    logits = LOGIT_BYTES * text.vocab_size / bandwidth
+    usual = 2 + BACKWARD  # the original's pass, and the student's forward and backward
+    passes = usual + (1 if config.recompute else 0)
+    a_token = passes * product + (2 + BACKWARD / 2) * head + passes / usual * states + logits
+    a_step = WEIGHT_BYTES * sum(rows * columns for rows, columns in shapes) / bandwidth
+    looks = (1 + config.steps // config.evaluate_every) * config.held_out * tokens
+    looked = looks * 2 * (product + head + (states + logits) / usual)
+    return {"train": config.steps * (config.batch * tokens * a_token + a_step) + looked}
 
 
 def weights_a_token(original: OriginalModel) -> float:
