@@ -48,9 +48,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Everything that must be true, on a CPU, without a network, in two processes. ARGS goes to pytest.
+# Everything that must be true, on a CPU, without a network, in two processes; slow files first, or one process waits for the
+# other at the end. ARGS goes to pytest.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The images built, the compose file and the chart's pods started, Prometheus asked: half an hour at first, minutes later. For a
 # Debian machine, as root, with the package registries; TORCH_INDEX_URL as for docker/Dockerfile, where pip needs it.

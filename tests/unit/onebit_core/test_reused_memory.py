@@ -1,47 +1,56 @@
 """What is freed inside of the block is there at once when it is asked for again, and is given back at its end."""
 
 import ctypes
-import resource
+import json
+import subprocess
 import sys
 
-import psutil
 import pytest
-import torch
 
+from onebit_core.reused_memory import LARGEST_KEPT_BYTES, M_MMAP_THRESHOLD, USUAL
+
+MEASURE = """
+import json, resource, psutil, torch
 from onebit_core.reused_memory import reused_memory
 
-MIB = 1 << 20
-LARGE = 64 * MIB
-"""More than glibc keeps by itself."""
+LARGE = 64 << 20  # more than glibc keeps by itself
 
-
-def faults(times):
-    """Count the pages that the kernel has to clear while a large tensor is made and forgotten, again and again."""
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(times):
+    for _ in range(10):
         torch.zeros(LARGE, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc gives it back that early"
-)
-def test_freed_memory_is_kept_and_given_back():
-    """Pages are cleared once in place of ten times; afterwards the process is as small as before."""
-    small = psutil.Process().memory_info().rss
-    usual = faults(10)
+torch.set_num_threads(1)
+small = psutil.Process().memory_info().rss
+found = {"usual": faults()}
+try:
     with reused_memory():
-        kept = faults(10)
-        torch.ones(LARGE, dtype=torch.uint8)
-    assert kept < usual / 4
-    assert faults(10) > usual / 2
-    assert psutil.Process().memory_info().rss < small + LARGE / 2
+        found["kept"] = faults()
+        found["held"] = (psutil.Process().memory_info().rss - small) / LARGE
+        raise KeyError
+except KeyError:
+    found["left"] = (psutil.Process().memory_info().rss - small) / LARGE
+found["afterwards"] = faults()
+print(json.dumps(found))
+"""
+"""In a process of its own: where others have left holes, a large piece may lie in one of them."""
 
 
-def test_an_error_ends_it_too():
-    """Nothing stays as it was set."""
-    with pytest.raises(ValueError, match="inside"), reused_memory():
-        raise ValueError("inside")
-    before = psutil.Process().memory_info().rss
-    del [torch.ones(LARGE, dtype=torch.uint8)][:]
-    assert psutil.Process().memory_info().rss < before + LARGE / 2
+def can_be_kept():
+    """Older releases of glibc refuse to keep more than 32 MiB in one piece, other C libraries know nothing of it."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(library, "mallopt") or not library.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES):
+        return False
+    return bool(library.mallopt(M_MMAP_THRESHOLD, USUAL[M_MMAP_THRESHOLD]))
+
+
+@pytest.mark.skipif(not can_be_kept(), reason="this C library does not keep large pieces")
+def test_freed_memory_is_kept_and_given_back():
+    """Pages are cleared once in place of ten times; after the block, that an error ended, all is as before."""
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["kept"] < found["usual"] / 4
+    assert found["held"] > 0.5
+    assert found["left"] < 0.5
+    assert found["afterwards"] > found["usual"] / 2
