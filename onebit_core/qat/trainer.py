@@ -36,7 +36,6 @@ from onebit_core.qat.config import TrainingConfig
 from onebit_core.qat.distillation import Losses
 from onebit_core.qat.sharding import whole
 from onebit_core.qat.world import World
-from onebit_core.reused_memory import reused_memory
 
 ADAM_BETAS = (0.9, 0.98)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -136,7 +135,6 @@ class Trainer:
         self._since_look: list[tuple[float, float]] = []
         self._started = time.monotonic()
 
-    @reused_memory()
     def run(self, watch: Watch) -> TrainingResult:
         """Train; the latents end as the best that were seen.
 
