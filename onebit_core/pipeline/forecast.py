@@ -32,6 +32,7 @@ from onebit_core.pipeline.training_forecast import (
     BACKWARD,
     Wanted,
     training_seconds,
+    wanted_by_training,
     weights_a_token,
     writing_seconds,
 )
@@ -155,8 +156,7 @@ def _written(config: QuantizeConfig) -> list[Wanted]:
     if config.is_calibrated:
         wanted.append(Wanted(calibration.text, calibration.weights, config.sample_counts[0], calibration.tokens))
     if training.enabled:
-        texts = (training.text, training.weights) if training.text else (calibration.text, calibration.weights)
-        wanted.append(Wanted(*texts, training.sample_counts[0], training.tokens or calibration.tokens))
+        wanted.append(wanted_by_training(training, calibration))
     return wanted
 
 

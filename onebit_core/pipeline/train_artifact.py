@@ -19,7 +19,12 @@ from onebit_core.model.replace import replace_module
 from onebit_core.pipeline.calibrate import check_context
 from onebit_core.pipeline.config import CalibrationConfig
 from onebit_core.pipeline.training import TrainingPlace, train_layers, training_tokens
-from onebit_core.pipeline.training_forecast import TrainingForecast, Wanted, training_seconds, writing_seconds
+from onebit_core.pipeline.training_forecast import (
+    TrainingForecast,
+    training_seconds,
+    wanted_by_training,
+    writing_seconds,
+)
 from onebit_core.pipeline.training_memory import check_training_memory, free_bytes
 from onebit_core.progress import Watch
 from onebit_core.qat import TrainingConfig, World
@@ -109,14 +114,15 @@ def forecast_training(config: TrainArtifactConfig) -> TrainingForecast:
     start, usual = _open_start(config), CalibrationConfig()
     training, device = config.training, resolve_device(config.device)
     needed = check_training_memory(start.original, training, usual.tokens, start.sizes, device)
-    tokens = training.tokens or usual.tokens
-    check_context(start.original, tokens)
-    wanted = Wanted(training.text, training.weights, training.sample_counts[0], tokens)
-    writing = writing_seconds(start.original, [wanted], device)
+    wanted = wanted_by_training(training, usual)
+    check_context(start.original, wanted.tokens)
     return TrainingForecast(
         memory_bytes=needed,
         free_bytes=free_bytes(device),
-        seconds={**writing, **training_seconds(start.original, training, tokens, device)},
+        seconds={
+            **writing_seconds(start.original, [wanted], device),
+            **training_seconds(start.original, training, wanted.tokens, device),
+        },
     )
 
 

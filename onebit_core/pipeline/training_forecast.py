@@ -17,6 +17,7 @@ from onebit_core.model.blocks import linear_names, linear_of
 from onebit_core.model.experts import experts_in
 from onebit_core.model.loading import OriginalModel
 from onebit_core.pipeline.calibrate import writing_dtype
+from onebit_core.pipeline.config import CalibrationConfig
 from onebit_core.pipeline.memory import linear_shapes
 from onebit_core.pipeline.speed import bytes_a_second, products_a_second
 from onebit_core.pipeline.training_memory import FLOAT_BYTES, HIDDEN_STATES, WIDE_STATES
@@ -54,6 +55,12 @@ class Wanted(NamedTuple):
     weights: tuple[float, ...]
     samples: int
     tokens: int
+
+
+def wanted_by_training(config: TrainingConfig, calibration: CalibrationConfig) -> Wanted:
+    """Return the windows of a training; what it does not say is as in the calibration."""
+    texts = (config.text, config.weights) if config.text else (calibration.text, calibration.weights)
+    return Wanted(*texts, config.sample_counts[0], config.tokens or calibration.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
